@@ -1,0 +1,478 @@
+"""The `baton` command: parsing and printing only."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+import baton
+from baton.errors import BatonError, ConfigError, ExitStatus
+
+if TYPE_CHECKING:
+    from baton.config.site import Site
+    from baton.handover import StopSignal
+    from baton.record import Plan
+
+# Imports of everything else stand inside the commands: `baton --help` must not wait for them.
+
+_SET = click.option(
+    "--set",
+    "settings",
+    metavar="KEY=VALUE",
+    multiple=True,
+    help="Override a value of the experiment, e.g. train.epochs=1; may be repeated.",
+)
+_STORE = click.option(
+    "--store", metavar="URL", help="Where bytes live; overrides the site's store."
+)
+_SITE = click.option("--site", default="local", show_default=True, help="A file in launch/.")
+_JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON for programs.")
+
+
+def main() -> None:
+    """Run the command line; every expected error ends here, as text and an exit status."""
+    try:
+        cli(standalone_mode=False)
+    except BatonError as error:
+        lines = error.problems if isinstance(error, ConfigError) else [str(error)]
+        for line in lines:
+            click.echo(f"error: {line}", err=True)
+        sys.exit(error.exit_status)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except click.Abort:
+        sys.exit(ExitStatus.FAILED)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(baton.__version__)
+def cli() -> None:
+    """Containerized, preemption-safe LLM training jobs.
+
+    EXP is an experiment (medical_qa), one task of one (qlora_100k, or smoke/medical_qa/lora_20k),
+    or a path to a YAML file. Submitting again is resuming: what is finished is skipped.
+    """
+
+
+@cli.command()
+@click.argument("exp")
+@_SET
+def check(exp: str, settings: tuple[str, ...]) -> None:
+    """Check an experiment file: every problem at once."""
+    plan, tasks = _plan(exp, settings)
+    click.echo(f"{plan.experiment}: {len(tasks)} of {len(plan.tasks)} tasks, digest {plan.digest}")
+
+
+@cli.command()
+@click.argument("exp")
+@_SET
+@_SITE
+@_STORE
+@_JSON
+def plan(exp: str, settings: tuple[str, ...], site: str, store: str | None, as_json: bool) -> None:
+    """Show an experiment's tasks, its digest, and what a submit would run."""
+    frozen, tasks = _plan(exp, settings)
+    if as_json:
+        click.echo(frozen.to_json().decode(), nl=False)
+        return
+    root = _store_root(_site(site), store)
+    click.echo(f"{frozen.experiment}  pipeline {frozen.pipeline}  digest {frozen.digest}")
+    click.echo(f"store {root / frozen.experiment / frozen.digest}")
+    for status in _statuses(root, frozen, tasks):
+        does = {"finished": "skip", "running": "leave running"}.get(status.state, "run")
+        click.echo(f"  {status.task}: {status.state} -> {does}")
+
+
+@cli.command()
+@click.argument("exp")
+@_SET
+@_SITE
+@_STORE
+@click.option("--dry-run", is_flag=True, help="Show exactly what would run, and run nothing.")
+@click.option("--max-parallel", type=click.IntRange(1), help="Tasks at once.")
+@click.option("--detach", is_flag=True, help="Leave it running and return.")
+@click.option(
+    "--drill",
+    "drills",
+    metavar="TASK=SIGNAL@STEP",
+    multiple=True,
+    help="Fire drill: send TERM, KILL, … to a task at a step; may be repeated.",
+)
+def submit(
+    exp: str,
+    settings: tuple[str, ...],
+    site: str,
+    store: str | None,
+    dry_run: bool,
+    max_parallel: int | None,
+    detach: bool,
+    drills: tuple[str, ...],
+) -> None:
+    """Run what is missing of an experiment or task, through every handover."""
+    from baton.handover import StopSignal
+    from baton.launchers.base import Drill, Request
+    from baton.launchers.local import LocalLauncher
+
+    frozen, tasks = _plan(exp, settings)
+    where = _site(site)
+    root = _store_root(where, store)
+    parsed = [Drill.parse(text) for text in drills]
+    unknown = [drill.task for drill in parsed if drill.task not in tasks]
+    if unknown:
+        raise ConfigError(f"--drill {unknown[0]}: not a task of this submission: {tasks}")
+    waiting = [s.task for s in _statuses(root, frozen, tasks) if s.state != "finished"]
+    if dry_run:
+        _show_dry_run(frozen, tasks, waiting, where, root)
+        return
+    if detach:
+        _detach(frozen, root)
+        return
+    stop = StopSignal().install()
+    path = _freeze(frozen, root)
+    click.echo(f"{frozen.experiment}/{frozen.digest}: {len(waiting)} of {len(tasks)} tasks to run")
+    from baton.console import view
+    from baton.record import Plan
+
+    request = Request(
+        plan=Plan.from_json(path.read_bytes(), where=str(path)),
+        plan_path=path,
+        store_root=root,
+        tasks=waiting,
+        drills=parsed,
+    )
+    with view() as shown:
+        ended = LocalLauncher(where, stop, max_parallel).submit(request, shown)
+    _finish(ended)
+
+
+@cli.command()
+@click.argument("plan_or_exp", metavar="PLAN")
+@click.option("--task", required=True, help="The task to work on.")
+@click.option("--store", metavar="URL", help="Where bytes live; default: where PLAN lies, or runs.")
+@_SET
+@click.option(
+    "--allow-changed",
+    metavar="KEY",
+    multiple=True,
+    help="Go on although this differs from the checkpoint (base, data).",
+)
+def run(
+    plan_or_exp: str,
+    task: str,
+    store: str | None,
+    settings: tuple[str, ...],
+    allow_changed: tuple[str, ...],
+) -> None:
+    """Work on one task: what a container, a Slurm job or the local launcher executes.
+
+    PLAN is a plan.json, or an experiment's name. Exits with 0 when the task is finished, 75 when
+    it was handed over (run the same again), 78 when running again cannot help.
+    """
+    # Before any slow import: a signal may come while torch loads.
+    stop = _stop_signal()
+    _log_to_stdout()
+    from baton.runner import TaskRunner, submission_id, task_store
+
+    frozen, root = _plan_to_run(plan_or_exp, store, settings)
+    runner = TaskRunner(
+        plan=frozen,
+        task=frozen.task(task),
+        store=task_store(root, frozen, task),
+        stop=stop,
+        submission=submission_id(),
+        allow_changed=allow_changed,
+    )
+    if sys.stdout.isatty():
+        from baton.console import Bars
+
+        with Bars() as bars:
+            runner.on_progress = lambda values: bars.progress(task, values)
+            status = runner.run()
+    else:
+        status = runner.run()
+    sys.exit(status)
+
+
+@cli.command()
+@click.argument("exp")
+@_SET
+@_SITE
+@_STORE
+@_JSON
+def status(
+    exp: str, settings: tuple[str, ...], site: str, store: str | None, as_json: bool
+) -> None:
+    """Where every task stands: state, leg, step, speed, durable step, last reason."""
+    frozen, tasks, root = _submitted(exp, settings, site, store)
+    found = _statuses(root, frozen, tasks)
+    if as_json:
+        click.echo(json.dumps([s.to_json() for s in found], indent=2))
+        return
+    from rich.console import Console
+
+    from baton.console import status_table
+
+    Console(width=None if sys.stdout.isatty() else 140).print(status_table(frozen, found))
+
+
+@cli.command()
+@click.argument("task")
+@_SET
+@_SITE
+@_STORE
+@click.option("-f", "--follow", is_flag=True, help="Keep printing, across legs, until it ends.")
+def logs(task: str, settings: tuple[str, ...], site: str, store: str | None, follow: bool) -> None:
+    """Print the log of a task, all legs in one."""
+    from baton.launchers.local import LOG
+    from baton.runner import task_store
+
+    frozen, tasks, root = _submitted(task, settings, site, store)
+    if len(tasks) != 1:
+        raise ConfigError(f"logs is about one task; {frozen.experiment} has: {', '.join(tasks)}")
+    path = task_store(root, frozen, tasks[0]).root / LOG
+    if not path.exists():
+        raise ConfigError(f"{tasks[0]} has no log yet; it was not started here ({path})")
+    with open(path, encoding="utf-8", errors="replace") as lines:
+        while True:
+            click.echo(lines.read(), nl=False)
+            state = _statuses(root, frozen, tasks)[0].state
+            if not follow or state not in ("running", "handed over", "lost"):
+                click.echo(lines.read(), nl=False)
+                return
+            time.sleep(0.5)
+
+
+@cli.command()
+@click.argument("exp")
+@_SET
+@_SITE
+@_STORE
+def cancel(exp: str, settings: tuple[str, ...], site: str, store: str | None) -> None:
+    """Stop running tasks with their work saved; submit goes on from there."""
+    from baton.console import Lines
+    from baton.handover import StopSignal
+    from baton.launchers.base import Request
+    from baton.launchers.local import LocalLauncher
+
+    frozen, tasks, root = _submitted(exp, settings, site, store)
+    waiting = [s.task for s in _statuses(root, frozen, tasks) if s.state != "finished"]
+    request = Request(
+        plan=frozen,
+        plan_path=root / frozen.experiment / frozen.digest / "plan.json",
+        store_root=root,
+        tasks=waiting,
+    )
+    LocalLauncher(_site(site), StopSignal()).cancel(request, Lines())
+
+
+@cli.command()
+@click.argument("exp")
+@_SET
+@_SITE
+@_STORE
+@click.option("--out", type=click.Path(path_type=Path), help="Default: results/EXPERIMENT.")
+@_JSON
+def collect(
+    exp: str,
+    settings: tuple[str, ...],
+    site: str,
+    store: str | None,
+    out: Path | None,
+    as_json: bool,
+) -> None:
+    """Write the table, the plots and report.html, and say what is missing."""
+    from baton.collect import collect as gather
+    from baton.store.local import LocalStore
+
+    frozen, _, root = _submitted(exp, settings, site, store)
+    every = [task.name for task in frozen.tasks]
+    states = {s.task: s.state for s in _statuses(root, frozen, every)}
+    place = LocalStore(root / frozen.experiment / frozen.digest)
+    target = out or Path("results") / frozen.experiment
+    collected = gather(place, frozen, target, states=states)
+    if as_json:
+        click.echo(json.dumps(collected.to_json(), indent=2, ensure_ascii=False))
+        return
+    click.echo(collected.table())
+    for task, reason in collected.missing.items():
+        click.echo(f"missing: {task}: {reason}")
+    for path in collected.files:
+        click.echo(f"wrote {path}")
+
+
+@cli.command("verify-resume")
+@click.argument("task")
+@_SET
+@_SITE
+@_STORE
+def verify_resume(task: str, settings: tuple[str, ...], site: str, store: str | None) -> None:
+    """Train again between a task's last two checkpoints; say whether the bytes are the same."""
+    from baton.verify import verify
+
+    frozen, tasks, root = _submitted(task, settings, site, store)
+    if len(tasks) != 1:
+        raise ConfigError(f"verify-resume is about one task; name one of: {', '.join(tasks)}")
+    stop = _stop_signal()
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    verdict = verify(frozen, frozen.task(tasks[0]), root, stop)
+    click.echo(verdict.text)
+    sys.exit(ExitStatus.FINISHED if verdict.identical else ExitStatus.FAILED)
+
+
+# --- what the commands share ---------------------------------------------------------------
+
+
+def _plan(exp: str, settings: tuple[str, ...]) -> tuple[Plan, list[str]]:
+    """The plan of what `exp` names, and the tasks of it that are meant."""
+    from baton.legs import utc_now
+    from baton.plan import build_plan, select
+
+    selection = select(exp, settings)
+    frozen = build_plan(selection.experiment, created=utc_now())
+    names = [task.name for task in frozen.tasks]
+    return frozen, [selection.task] if selection.task else names
+
+
+def _submitted(
+    exp: str, settings: tuple[str, ...], site: str, store: str | None
+) -> tuple[Plan, list[str], Path]:
+    """The plan as it was frozen at its submission, if it was."""
+    from baton.record import Plan
+
+    frozen, tasks = _plan(exp, settings)
+    root = _store_root(_site(site), store)
+    path = root / frozen.experiment / frozen.digest / "plan.json"
+    if path.exists():
+        return Plan.from_json(path.read_bytes(), where=str(path)), tasks, root
+    others = sorted((root / frozen.experiment).glob("*/plan.json"))
+    if others:
+        click.echo(
+            f"note: this version of {frozen.experiment} ({frozen.digest}) was not submitted;"
+            f" there are runs of others: {', '.join(p.parent.name for p in others)}",
+            err=True,
+        )
+    return frozen, tasks, root
+
+
+def _freeze(frozen: Plan, root: Path) -> Path:
+    """Write the plan unless it is there, with what must be looked up once."""
+    from baton.plan import pin
+    from baton.store.local import LocalStore
+
+    store = LocalStore(root / frozen.experiment / frozen.digest)
+    path = store.path("plan.json")
+    if not path.exists():
+        store.write("plan.json", pin(frozen).to_json())
+    return path
+
+
+def _plan_to_run(
+    plan_or_exp: str, store: str | None, settings: tuple[str, ...]
+) -> tuple[Plan, Path]:
+    from baton.record import Plan
+
+    path = Path(plan_or_exp)
+    if path.suffix != ".json":
+        frozen, _ = _plan(plan_or_exp, settings)
+        root = Path(store or "runs").absolute()
+        path = _freeze(frozen, root)
+    elif not path.is_file():
+        raise ConfigError(f"there is no plan {path}")
+    frozen = Plan.from_json(path.read_bytes(), where=str(path))
+    # <store>/<experiment, perhaps with slashes>/<digest>/plan.json
+    depth = 1 + len(Path(frozen.experiment).parts)
+    return frozen, Path(store).absolute() if store else path.absolute().parents[depth]
+
+
+def _statuses(root: Path, frozen: Plan, tasks: list[str]) -> list[Any]:
+    from baton.pipelines import PIPELINES
+    from baton.status import status_of
+
+    stages = PIPELINES[frozen.pipeline]().stage_names
+    return [status_of(root, frozen, stages, task) for task in tasks]
+
+
+def _site(name: str) -> Site:
+    from baton.config.site import load_site
+    from baton.plan import jobs_folder
+
+    return load_site(name, jobs_folder().parent / "launch")
+
+
+def _store_root(site: Site, store: str | None) -> Path:
+    from baton.store.base import open_store
+
+    url = store or site.store
+    return Path(open_store(url).url)
+
+
+def _stop_signal() -> StopSignal:
+    from baton.handover import StopSignal
+
+    grace = float(os.environ.get("BATON_GRACE_SECONDS", "30"))
+    return StopSignal(grace_seconds=grace).install()
+
+
+def _log_to_stdout() -> None:
+    logging.basicConfig(
+        level=logging.WARNING,
+        stream=sys.stdout,
+        format="%(asctime)s %(levelname)s %(message)s",
+        datefmt="%Y-%m-%dT%H:%M:%S",
+    )
+    logging.getLogger("baton").setLevel(logging.INFO)
+
+
+def _show_dry_run(
+    frozen: Plan, tasks: list[str], waiting: list[str], site: Site, root: Path
+) -> None:
+    path = root / frozen.experiment / frozen.digest / "plan.json"
+    click.echo(f"would write {path}" if not path.exists() else f"plan {path}")
+    for task in tasks:
+        if task in waiting:
+            click.echo(f"would run: baton run {path} --task {task} --store {root}")
+        else:
+            click.echo(f"would skip: {task} is finished")
+    click.echo(
+        f"site {site.launcher}: {site.processes} processes of {site.threads} threads a task,"
+        f" {site.grace_seconds:g} s grace, nothing was started"
+    )
+
+
+def _detach(frozen: Plan, root: Path) -> None:
+    """Start the same command again in a session of its own, and leave."""
+    folder = root / frozen.experiment / frozen.digest
+    folder.mkdir(parents=True, exist_ok=True)
+    words = [word for word in sys.argv[1:] if word != "--detach"]
+    with open(folder / "launcher.log", "a", encoding="utf-8") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "baton", *words],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    click.echo(
+        f"left running as process {process.pid}, log in {folder / 'launcher.log'};"
+        f" look with: baton status {frozen.experiment}"
+    )
+
+
+def _finish(ended: dict[str, ExitStatus]) -> None:
+    """Exit with the worst of what the tasks ended with."""
+    order = (ExitStatus.STOP, ExitStatus.FAILED, ExitStatus.HANDED_OVER)
+    for status in order:
+        tasks = [task for task, how in ended.items() if how == status]
+        if tasks:
+            word = {75: "handed over", 78: "stopped"}.get(status, "failed")
+            click.echo(f"{word}: {', '.join(tasks)}", err=True)
+    sys.exit(next((s for s in order if s in ended.values()), ExitStatus.FINISHED))

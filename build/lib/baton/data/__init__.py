@@ -1,0 +1,1 @@
+"""Training data: reading files, cleaning rows, splitting them, turning them into tokens."""

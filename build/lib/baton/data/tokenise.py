@@ -1,0 +1,243 @@
+"""Samples as tokens in memory-mapped files, made once and read in O(1)."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from baton.errors import DataError
+
+Array = NDArray[Any]
+
+
+class TokenWriter:
+    """Writes `NAME.tokens` (token ids end to end) and `NAME.index` (offset, prompt length).
+
+    Appending streams, so memory does not grow with the rows. The files get their names when
+    all is written: a kill leaves none.
+    """
+
+    def __init__(self, folder: Path, name: str, *, vocab_size: int) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self._folder, self._name = folder, name
+        self._dtype = np.uint16 if vocab_size <= 2**16 else np.uint32
+        self._tokens = open(folder / f".{name}.tokens", "wb")  # noqa: SIM115
+        self._index = open(folder / f".{name}.index", "wb")  # noqa: SIM115
+        self._end = 0
+
+    def append(self, tokens: list[int], prompt: int) -> None:
+        """Add a sample whose first `prompt` tokens carry no loss."""
+        np.asarray(tokens, dtype=self._dtype).tofile(self._tokens)
+        self._end += len(tokens)
+        np.asarray((self._end, prompt), dtype=np.int64).tofile(self._index)
+
+    def finish(self) -> None:
+        """Bring everything to disk under its name."""
+        meta = {"dtype": np.dtype(self._dtype).name, "tokens": self._end}
+        beside = self._folder / f".{self._name}.json"
+        beside.write_text(json.dumps(meta) + "\n")
+        for file in (self._tokens, self._index):
+            file.flush()
+            os.fsync(file.fileno())
+            file.close()
+        for kind in ("tokens", "index", "json"):
+            os.replace(
+                self._folder / f".{self._name}.{kind}", self._folder / f"{self._name}.{kind}"
+            )
+
+
+class TokenFile:
+    """Reads what `TokenWriter` wrote; nothing is held in memory but what is asked for."""
+
+    def __init__(self, folder: Path, name: str) -> None:
+        meta = json.loads((folder / f"{name}.json").read_text())
+        path = folder / f"{name}.tokens"
+        expected = meta["tokens"] * np.dtype(meta["dtype"]).itemsize
+        if path.stat().st_size != expected:
+            raise DataError(
+                f"{path}: {path.stat().st_size:,} bytes, expected {expected:,}; remove the"
+                " task's data folder to have it made again"
+            )
+        self._tokens = _map(path, meta["dtype"])
+        self._index = _map(folder / f"{name}.index", "int64").reshape(-1, 2)
+
+    def __len__(self) -> int:
+        return len(self._index)
+
+    def lengths(self, indices: NDArray[np.int64]) -> NDArray[np.int64]:
+        ends = np.asarray(self._index[indices, 0])
+        starts = np.where(indices > 0, self._index[indices - 1, 0], 0)
+        return ends - starts
+
+    def labelled(self, indices: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Tokens that are predicted: all after the prompt (the first token never is)."""
+        prompts = np.maximum(self._index[indices, 1], 1)
+        return self.lengths(indices) - prompts
+
+    def sample(self, index: int) -> tuple[NDArray[np.int64], int]:
+        start = int(self._index[index - 1, 0]) if index else 0
+        end, prompt = (int(value) for value in self._index[index])
+        return self._tokens[start:end].astype(np.int64), prompt
+
+
+def _map(path: Path, dtype: str) -> Array:
+    # An empty file cannot be mapped.
+    if path.stat().st_size == 0:
+        return np.empty(0, dtype=dtype)
+    return np.memmap(path, dtype=dtype, mode="r")
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One question and its answer as the model will see them.
+
+    `tokens` ends with the end-of-turn token unless the answer was cut; the first `prompt`
+    tokens are the template and the question.
+    """
+
+    tokens: list[int]
+    prompt: int
+    is_cut: bool
+
+
+class ChatEncoder:
+    """Turns question and answer into tokens by the tokenizer's own chat template.
+
+    Where the answer lies is taken from character offsets of the rendered text, never from
+    searching for its tokens. The end-of-turn token is the first special token after the
+    answer, or the tokenizer's eos where the template writes none; what a template puts after
+    it (a newline) is left out.
+
+    Raises:
+        DataError: the tokenizer has no chat template.
+    """
+
+    def __init__(self, tokenizer: Any, *, system: str | None, max_length: int) -> None:
+        if not tokenizer.chat_template:
+            raise DataError("the tokenizer has no chat template; use an instruction-tuned model")
+        self._tokenizer = tokenizer
+        self._system = system
+        self._max_length = max_length
+        self._special = set(tokenizer.all_special_ids)
+        self._special |= {
+            int(i) for i, t in getattr(tokenizer, "added_tokens_decoder", {}).items() if t.special
+        }
+
+    def prompt_text(self, question: str) -> str:
+        """The rendered prompt, up to where the answer begins."""
+        return str(
+            self._tokenizer.apply_chat_template(
+                self._messages(question), tokenize=False, add_generation_prompt=True
+            )
+        )
+
+    def encode(self, pairs: Iterable[tuple[str, str]]) -> list[Turn | None]:
+        """Encode (question, answer) pairs; None where the prompt alone fills the context."""
+        rendered = [self._render(question, answer) for question, answer in pairs]
+        texts = [text for text, _, _ in rendered]
+        if not texts:
+            return []
+        if not self._tokenizer.is_fast:
+            return [self._by_parts(*row) for row in rendered]
+        encoded = self._tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True)
+        return [
+            self._turn(ids, offsets, start, end)
+            for ids, offsets, (_, start, end) in zip(
+                encoded["input_ids"], encoded["offset_mapping"], rendered, strict=True
+            )
+        ]
+
+    def _messages(self, question: str, answer: str | None = None) -> list[dict[str, str]]:
+        messages = [{"role": "system", "content": self._system}] if self._system else []
+        messages.append({"role": "user", "content": question})
+        if answer is not None:
+            messages.append({"role": "assistant", "content": answer})
+        return messages
+
+    def _render(self, question: str, answer: str) -> tuple[str, int, int]:
+        """The whole text, and where in it the answer begins and ends."""
+        prompt = self.prompt_text(question)
+        text = str(
+            self._tokenizer.apply_chat_template(self._messages(question, answer), tokenize=False)
+        )
+        if text.startswith(prompt + answer):
+            start = len(prompt)
+        else:
+            # Templates of thinking models open the prompt otherwise than the finished turn.
+            start = text.rfind(answer)
+            if start < 0:
+                raise DataError(
+                    "the chat template changes the answer's text, so its labels cannot be placed;"
+                    f" answer: {answer[:60]!r}"
+                )
+        return text, start, start + len(answer)
+
+    def _turn(
+        self, ids: list[int], offsets: list[tuple[int, int]], start: int, end: int
+    ) -> Turn | None:
+        prompt = next((i for i, (_, stop) in enumerate(offsets) if stop > start), len(ids))
+        after = next((i for i, (first, _) in enumerate(offsets) if first >= end), len(ids))
+        return self._finish(ids[:prompt], ids[prompt:after], ids[after:])
+
+    def _by_parts(self, text: str, start: int, end: int) -> Turn | None:
+        """For tokenizers without offsets: the same three parts, each encoded by itself."""
+        parts = (text[:start], text[start:end], text[end:])
+        return self._finish(
+            *(self._tokenizer(part, add_special_tokens=False)["input_ids"] for part in parts)
+        )
+
+    def _finish(self, prompt: list[int], answer: list[int], rest: list[int]) -> Turn | None:
+        end_of_turn = next((i for i in rest if i in self._special), self._tokenizer.eos_token_id)
+        tokens = [*prompt, *answer, end_of_turn]
+        if len(prompt) >= self._max_length:
+            return None
+        return Turn(tokens[: self._max_length], len(prompt), len(tokens) > self._max_length)
+
+
+def write_turns(
+    encoder: ChatEncoder,
+    pairs: Iterable[tuple[str, str]],
+    writer: TokenWriter,
+    *,
+    on_dropped: Callable[[int], None],
+    batch: int = 512,
+) -> dict[str, int]:
+    """Encode and append pairs; `on_dropped` hears the position of each that cannot fit.
+
+    Returns counts: `samples`, `tokens`, `labelled_tokens`, `answers_cut`, `prompts_too_long`.
+    """
+    counts = dict.fromkeys(
+        ("samples", "tokens", "labelled_tokens", "answers_cut", "prompts_too_long"), 0
+    )
+    held: list[tuple[str, str]] = []
+    position = 0
+
+    def flush() -> None:
+        nonlocal position
+        for turn in encoder.encode(held):
+            if turn is None:
+                counts["prompts_too_long"] += 1
+                on_dropped(position)
+            else:
+                writer.append(turn.tokens, turn.prompt)
+                counts["samples"] += 1
+                counts["tokens"] += len(turn.tokens)
+                counts["labelled_tokens"] += len(turn.tokens) - max(turn.prompt, 1)
+                counts["answers_cut"] += turn.is_cut
+            position += 1
+        held.clear()
+
+    for pair in pairs:
+        held.append(pair)
+        if len(held) == batch:
+            flush()
+    flush()
+    writer.finish()
+    return counts

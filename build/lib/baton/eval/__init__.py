@@ -1,0 +1,1 @@
+"""Evaluation: generate answers, score them, say how sure the scores are."""

@@ -1,0 +1,168 @@
+"""The legs of one task: who works on it now, who did before, and who may not any more."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import socket
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from baton.errors import FencedError, NameTaken, NoProgressError
+from baton.record import LegRecord, Runner, replace
+from baton.stage import PROGRESS
+from baton.store.local import LocalStore
+
+# A leg that runs elsewhere and has not said anything for so long counts as lost.
+HEARTBEAT_TIMEOUT_SECONDS = 90.0
+NO_PROGRESS_LEGS = 3
+
+
+@dataclass(frozen=True)
+class Legs:
+    """The leg records below `legs/` in a task's store."""
+
+    store: LocalStore
+    task: str
+    now: Callable[[], str]
+
+    def history(self) -> list[LegRecord]:
+        """Every leg so far, oldest first."""
+        names = sorted(name for name in self.store.names("legs") if name.endswith(".json"))
+        return [LegRecord.from_json(self.store.read(name), where=name) for name in names]
+
+    def open(self, record: LegRecord) -> LegRecord:
+        """Claim the task: write the record of a new, active leg under the next number.
+
+        Raises:
+            FencedError: another leg is at work, or another runner claimed the task first.
+            NoProgressError: the last legs of this submission left nothing durable behind.
+        """
+        history = self.history()
+        for leg in history:
+            if leg.state == "active":
+                if self.is_alive(leg, record.runner, record.submission):
+                    raise FencedError(self._busy(leg))
+                self.close(
+                    replace(
+                        leg,
+                        state="lost",
+                        ended=self.now(),
+                        position_at_end=record.position,
+                        reason="ended without a word: killed, or its node was lost",
+                    )
+                )
+        record = replace(record, number=history[-1].number + 1 if history else 1)
+        self._refuse_crash_loop(history, record)
+        try:
+            self.store.write(self._name(record), record.to_json(), exclusive=True)
+        except NameTaken:
+            raise FencedError(
+                f"{self.task}: another runner claimed leg {record.number} at the same moment;"
+                " this one stops"
+            ) from None
+        return record
+
+    def close(self, record: LegRecord) -> None:
+        """Write how a leg ended."""
+        self.store.write(self._name(record), record.to_json())
+
+    def check_fence(self, number: int) -> None:
+        """Raise `FencedError` if a leg newer than `number` has started."""
+        newest = max((int(Path(name).stem) for name in self.store.names("legs")), default=0)
+        if newest > number:
+            raise FencedError(
+                f"{self.task}: leg {newest} has taken over from leg {number}; this one stops"
+            )
+
+    def _name(self, record: LegRecord) -> str:
+        return f"legs/{record.number:03d}.json"
+
+    def is_alive(self, leg: LegRecord, here: Runner, submission: str = "") -> bool:
+        """Is an active leg really at work, seen from the process `here`?"""
+        if (leg.runner.boot, leg.runner.pid_namespace) == (here.boot, here.pid_namespace):
+            return _start_ticks(leg.runner.pid) == leg.runner.started_ticks
+        if leg.submission.startswith("slurm:") and leg.submission == submission:
+            return False  # Slurm runs a job once: that we run means that the older leg does not.
+        return self._silent_seconds(leg) < HEARTBEAT_TIMEOUT_SECONDS
+
+    def _silent_seconds(self, leg: LegRecord) -> float:
+        last = max(leg.started, str(self.progress().get("time", "")))
+        spoken = datetime.datetime.fromisoformat(last)
+        return (datetime.datetime.fromisoformat(self.now()) - spoken).total_seconds()
+
+    def progress(self) -> dict[str, Any]:
+        """What the leg at work last reported; empty before the first report."""
+        try:
+            progress: dict[str, Any] = json.loads((self.store.root / PROGRESS).read_bytes())
+        except FileNotFoundError:
+            return {}
+        return progress
+
+    def _busy(self, leg: LegRecord) -> str:
+        runner = leg.runner
+        return (
+            f"{self.task}: leg {leg.number} is already working on this task (process {runner.pid}"
+            f" on {runner.host}, since {leg.started}); wait for it, or stop it with"
+            f" `baton cancel {self.task}`. A leg on another machine counts as lost"
+            f" {HEARTBEAT_TIMEOUT_SECONDS:.0f} s after its last sign of life"
+        )
+
+    def _refuse_crash_loop(self, history: list[LegRecord], record: LegRecord) -> None:
+        """Stop when the last legs of this submission all began where this one would begin."""
+        mine = [leg for leg in history if leg.submission == record.submission]
+        recent = mine[-NO_PROGRESS_LEGS:]
+        if len(recent) < NO_PROGRESS_LEGS or any(leg.position != record.position for leg in recent):
+            return
+        reasons = "; ".join(f"leg {leg.number} {_lasted(leg)}: {leg.reason}" for leg in recent)
+        raise NoProgressError(
+            f"{self.task}: {NO_PROGRESS_LEGS} legs in a row left nothing durable behind ({reasons})."
+            " Mend the cause, give the legs more time, or save more often (train.save_every_steps);"
+            " then submit again"
+        )
+
+
+def _lasted(leg: LegRecord) -> str:
+    if leg.ended is None:
+        return "is active"
+    start, end = map(datetime.datetime.fromisoformat, (leg.started, leg.ended))
+    return f"{leg.state} after {(end - start).total_seconds():.0f} s"
+
+
+def this_runner() -> Runner:
+    """Who this process is, as other processes can check it."""
+    pid = os.getpid()
+    return Runner(
+        host=socket.gethostname(),
+        pid=pid,
+        started_ticks=_start_ticks(pid) or 0,
+        boot=_text_of(Path("/proc/sys/kernel/random/boot_id")) or socket.gethostname(),
+        pid_namespace=os.readlink("/proc/self/ns/pid")
+        if Path("/proc/self/ns/pid").exists()
+        else "",
+    )
+
+
+def _text_of(path: Path) -> str:
+    return path.read_text().strip() if path.exists() else ""
+
+
+def _start_ticks(pid: int) -> int | None:
+    """When a process started, to tell it from a later one with its number; None if it is gone."""
+    try:
+        process = psutil.Process(pid)
+        if process.status() == psutil.STATUS_ZOMBIE:
+            return None
+        return int(process.create_time() * 100)
+    except psutil.NoSuchProcess:
+        return None
+
+
+def utc_now() -> str:
+    """The time as every record writes it: ISO 8601, UTC, to the millisecond."""
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")

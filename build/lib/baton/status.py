@@ -1,0 +1,75 @@
+"""Where every task of a plan stands, from its records alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from baton.legs import Legs, this_runner, utc_now
+from baton.record import LegRecord, Plan
+from baton.runner import CANCELLED, done_marker, task_store
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskStatus:
+    """One line of `baton status`. `None` is not known (yet)."""
+
+    task: str
+    state: str
+    legs: int
+    stage: str
+    step: int | None
+    total: int | None
+    tokens_per_s: float | None
+    eta_seconds: float | None
+    durable_step: int | None
+    reason: str
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def status_of(root: Path, plan: Plan, stages: Sequence[str], task: str) -> TaskStatus:
+    """Join markers, leg records and the last progress report of a task."""
+    store = task_store(root, plan, task)
+    legs = Legs(store, task, utc_now)
+    history = legs.history()
+    newest = history[-1] if history else None
+    progress = legs.progress()
+    done = [stage for stage in stages if store.path(done_marker(stage)).exists()]
+    state, reason = _state(legs, newest, is_done=len(done) == len(stages))
+    if state != "finished" and store.path(CANCELLED).exists() and state != "running":
+        state = "cancelled"
+    is_running = state == "running"
+    return TaskStatus(
+        task=task,
+        state=state,
+        legs=len(history),
+        stage=str(progress.get("stage", "")) if newest else "",
+        step=progress.get("step"),
+        total=progress.get("total"),
+        tokens_per_s=progress.get("tokens_per_s") if is_running else None,
+        eta_seconds=progress.get("eta_seconds") if is_running else None,
+        durable_step=_durable(store.root),
+        reason=reason,
+    )
+
+
+def _state(legs: Legs, newest: LegRecord | None, *, is_done: bool) -> tuple[str, str]:
+    if is_done:
+        return "finished", ""
+    if newest is None:
+        return "not started", ""
+    if newest.state == "active":
+        if legs.is_alive(newest, this_runner()):
+            return "running", ""
+        return "lost", "the leg ended without a word; submit again to go on"
+    return newest.state.replace("_", " "), newest.reason
+
+
+def _durable(folder: Path) -> int | None:
+    manifests = folder.glob("train/checkpoints/step-*/manifest.json")
+    steps = [int(path.parent.name.removeprefix("step-")) for path in manifests]
+    return max(steps, default=None)

@@ -1,0 +1,1 @@
+"""Where bytes live: a folder today, behind six methods that every store has."""

@@ -1,0 +1,160 @@
+"""A store in a folder: write beside, fsync, then give it its name."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from baton.errors import NameMissing, NameTaken, StoreError
+from baton.store.base import check_name
+
+# Unfinished writes live here, on the same file system as what they will become.
+INCOMING = ".incoming"
+
+
+class LocalStore:
+    """A folder. Safe for several processes at once on a POSIX file system."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = Path(root).absolute()
+
+    @property
+    def url(self) -> str:
+        return str(self.root)
+
+    def path(self, name: str) -> Path:
+        """Where `name` lies on disk, whether or not it exists."""
+        return self.root / check_name(name)
+
+    def read(self, name: str) -> bytes:
+        try:
+            return self.path(name).read_bytes()
+        except FileNotFoundError:
+            raise NameMissing(f"{self.root}: nothing is stored under {name}") from None
+        except OSError as error:
+            raise _explained(error, f"reading {self.root / name}") from error
+
+    def write(self, name: str, data: bytes, *, exclusive: bool = False) -> None:
+        target = self.path(name)
+        with _storing(target), self._incoming() as beside:
+            with open(beside, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            _give_name(beside, target, exclusive=exclusive)
+
+    def upload(self, source: Path, name: str) -> None:
+        target = self.path(name)
+        with _storing(target), self._incoming() as beside:
+            _link_or_copy(source, beside)
+            _give_name(beside, target, exclusive=True)
+
+    def download(self, name: str, target: Path) -> None:
+        """As promised by `Store`; on one file system the target is a hard link: only read it."""
+        source = self.path(name)
+        beside = target.with_name(f"{target.name}.part")
+        with _storing(target):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            beside.unlink(missing_ok=True)
+            try:
+                _link_or_copy(source, beside)
+            except FileNotFoundError:
+                raise NameMissing(f"{self.root}: nothing is stored under {name}") from None
+            _give_name(beside, target, exclusive=False)
+
+    def names(self, prefix: str = "") -> Iterator[str]:
+        top = self.path(prefix) if prefix else self.root
+        for folder, folders, files in os.walk(top):
+            folders[:] = sorted(f for f in folders if f != INCOMING)
+            for file in sorted(files):
+                yield Path(folder, file).relative_to(self.root).as_posix()
+
+    def delete(self, name: str) -> None:
+        target = self.path(name)
+        with _storing(target):
+            target.unlink(missing_ok=True)
+        # Empty folders would clutter `ls`; another process may be filling one, so only try.
+        folder = target.parent
+        while folder != self.root:
+            try:
+                folder.rmdir()
+            except OSError:
+                break
+            folder = folder.parent
+
+    def sweep(self) -> None:
+        """Remove unfinished writes that killed processes left; only the owner may call this."""
+        for path in self.root.glob(f"{INCOMING}/*"):
+            if not path.name.startswith(f"{os.getpid()}-"):
+                path.unlink(missing_ok=True)
+
+    @contextlib.contextmanager
+    def _incoming(self) -> Iterator[Path]:
+        folder = self.root / INCOMING
+        folder.mkdir(parents=True, exist_ok=True)
+        beside = folder / f"{os.getpid()}-{os.urandom(6).hex()}"
+        try:
+            yield beside
+        finally:
+            beside.unlink(missing_ok=True)
+
+
+def _link_or_copy(source: Path, beside: Path) -> None:
+    try:
+        os.link(source, beside)
+    except OSError as error:
+        # Another file system, or one without hard links.
+        if error.errno not in (errno.EXDEV, errno.EPERM, errno.EOPNOTSUPP, errno.EMLINK):
+            raise
+        shutil.copyfile(source, beside)
+    with open(beside, "rb") as file:
+        os.fsync(file.fileno())
+
+
+def _give_name(beside: Path, target: Path, *, exclusive: bool) -> None:
+    while True:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            if exclusive:
+                os.link(beside, target)
+            else:
+                os.replace(beside, target)
+        except FileExistsError:
+            raise NameTaken(f"{target} is already stored") from None
+        except FileNotFoundError:
+            # delete() of a neighbour removed the empty folder in between.
+            if beside.exists():
+                continue
+            raise
+        break
+    _sync_folder(target.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def _storing(target: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise _explained(error, f"writing {target}") from error
+
+
+def _explained(error: OSError, doing: str) -> StoreError:
+    advice = {
+        errno.ENOSPC: "the disk is full; free some space, what was stored before is intact",
+        errno.EDQUOT: "the quota is used up; free some space, what was stored before is intact",
+        errno.EROFS: "the file system is read-only; choose another place with --store",
+        errno.EACCES: "permission denied; choose another place with --store or mend its owner",
+    }.get(error.errno or 0, os.strerror(error.errno or 0))
+    return StoreError(f"{doing}: {advice}")

@@ -1,0 +1,196 @@
+"""The base model and its tokenizer, from wherever the experiment says."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import warnings
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
+from transformers.utils import logging as transformers_logging
+
+from baton.errors import ModelError
+from baton.train import attention, quantize
+from baton.pins import unreachable
+from baton.train.config import AdapterConfig, HubModel, ModelConfig, RandomModel
+
+# ChatML, as Qwen's models use it: what a random model's tokenizer speaks.
+_CHATML = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
+    "{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def describe(model: ModelConfig, revision: str = "") -> dict[str, str]:
+    """The model as records name it."""
+    if isinstance(model, RandomModel):
+        return {"source": "random", "name": f"random {model.config['model_type']}"}
+    if isinstance(model, HubModel):
+        return {"source": model.source, "name": model.name, "revision": revision or model.revision}
+    return {"source": "path", "name": model.path}
+
+
+def locate(model: ModelConfig, *, base_folder: Path, revision: str) -> tuple[str, dict[str, Any]]:
+    """What to give to `from_pretrained`: a name or folder, and keyword arguments."""
+    if isinstance(model, RandomModel):
+        return str(base_folder), {}
+    trust = {"trust_remote_code": True} if model.trust_remote_code else {}
+    if not isinstance(model, HubModel):
+        if not Path(model.path).is_dir():
+            raise ModelError(f"model.path: {model.path} is not a folder")
+        return model.path, trust
+    if model.source == "modelscope":
+        try:
+            from modelscope import snapshot_download
+        except ImportError as error:
+            raise ModelError(
+                "`source: modelscope` needs the modelscope package: pip install modelscope"
+            ) from error
+        return str(snapshot_download(model.name, revision=model.revision)), trust
+    return model.name, {"revision": revision or model.revision, **trust}
+
+
+def load_tokenizer(
+    model: ModelConfig, *, base_folder: Path, revision: str = ""
+) -> PreTrainedTokenizerBase:
+    """The model's own tokenizer. Raises `ModelError`."""
+    place, options = locate(model, base_folder=base_folder, revision=revision)
+    try:
+        return AutoTokenizer.from_pretrained(place, **options)
+    except (OSError, ValueError) as error:
+        raise ModelError(_cannot_load(model, place, error)) from error
+
+
+def load_model(
+    model: ModelConfig,
+    adapter: AdapterConfig,
+    *,
+    base_folder: Path,
+    revision: str,
+    device: torch.device,
+    compute_dtype: torch.dtype,
+    packed: bool,
+) -> PreTrainedModel:
+    """The base model on `device`, frozen unless all of it is to learn.
+
+    Weights are in `compute_dtype`, or NF4 for QLoRA, or float32 masters for full fine-tuning.
+    `packed` chooses the attention of training; otherwise SDPA, for generation.
+
+    Raises:
+        ModelError: it cannot be found or loaded.
+    """
+    attention.register()
+    _quiet_libraries()
+    place, options = locate(model, base_folder=base_folder, revision=revision)
+    options |= {
+        "dtype": torch.float32 if adapter.method == "full" else compute_dtype,
+        "attn_implementation": attention.NAME if packed else "sdpa",
+        "device_map": {"": device},
+        # A pickle from a store or a hub could run code.
+        "use_safetensors": True,
+    }
+    if adapter.method == "qlora":
+        options["quantization_config"] = quantize.nf4(compute_dtype)
+    try:
+        loaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(place, **options)
+    except (OSError, ValueError) as error:
+        raise ModelError(_cannot_load(model, place, error)) from error
+    loaded.requires_grad_(adapter.method == "full")
+    return loaded
+
+
+def _quiet_libraries() -> None:
+    """No progress bars per weight in a log, and none of the libraries' notes to each other."""
+    transformers_logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+
+
+def _cannot_load(model: ModelConfig, place: str, error: Exception) -> str:
+    if isinstance(model, HubModel) and "connect" in str(error).lower():
+        return unreachable(model.name, error)
+    return f"{place} cannot be loaded: {str(error).strip().splitlines()[0]}"
+
+
+def build_random(model: RandomModel, texts: Iterable[str], folder: Path) -> None:
+    """Write a random model and a tokenizer trained on `texts` to `folder`.
+
+    The same config, seed and texts give the same bytes. On a GPU the weights are drawn there,
+    which takes seconds for billions of parameters, and are stored in bfloat16.
+    """
+    tokenizer = train_tokenizer(texts, vocab_size=model.tokenizer_vocab)
+    values = dict(model.config)
+    kind = values.pop("model_type")
+    values.setdefault("vocab_size", len(tokenizer))
+    try:
+        config = AutoConfig.for_model(
+            kind,
+            **values,
+            bos_token_id=None,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    except (ValueError, KeyError) as error:
+        raise ModelError(f"model.config: {error}") from error
+    on_gpu = torch.cuda.is_available() and os.environ.get("BATON_DEVICE") != "cpu"
+    _quiet_libraries()
+    torch.manual_seed(model.seed)
+    with torch.device("cuda" if on_gpu else "cpu"):
+        network = AutoModelForCausalLM.from_config(
+            config, dtype=torch.bfloat16 if on_gpu else torch.float32
+        )
+    network.generation_config.eos_token_id = tokenizer.eos_token_id
+    network.generation_config.pad_token_id = tokenizer.pad_token_id
+    network.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def train_tokenizer(texts: Iterable[str], *, vocab_size: int) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer with ChatML turns; any text round-trips through it."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.train_from_iterator(
+        texts,
+        trainers.BpeTrainer(
+            vocab_size=vocab_size,
+            special_tokens=special,
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        ),
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<|endoftext|>",
+        eos_token="<|im_end|>",
+        chat_template=_CHATML,
+        padding_side="left",
+    )
+
+
+def fingerprint(network: torch.nn.Module) -> str:
+    """16 hex digits over names, shapes and a sample of every weight of the base.
+
+    Tells one base from another between legs at the cost of reading 64 values a tensor.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in sorted(network.state_dict().items()):
+        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+        flat = tensor.detach().reshape(-1)
+        sample = flat[:: max(1, flat.numel() // 64)][:64]
+        digest.update(sample.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]

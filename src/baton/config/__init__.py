@@ -1,0 +1,1 @@
+"""YAML files into frozen dataclasses, with every problem of a file reported at once."""

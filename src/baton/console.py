@@ -1,0 +1,140 @@
+"""What people see in a terminal while tasks run, and the tables they ask for."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.table import Table
+
+from baton.record import Plan
+from baton.status import TaskStatus
+
+# On anything but a terminal, one line a task in so many seconds is enough.
+_LINE_EVERY_SECONDS = 30.0
+
+
+class Lines:
+    """Plain lines, for logs and pipes."""
+
+    def __init__(self) -> None:
+        self._last: dict[str, float] = {}
+
+    def event(self, task: str, text: str) -> None:
+        sys.stdout.write(f"{_clock()} {task}: {text}\n")
+        sys.stdout.flush()
+
+    def progress(self, task: str, values: Mapping[str, Any]) -> None:
+        now = time.monotonic()
+        if "step" in values and now - self._last.get(task, 0.0) >= _LINE_EVERY_SECONDS:
+            self._last[task] = now
+            self.event(task, progress_text(values))
+
+    def __enter__(self) -> Lines:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+
+class Bars:
+    """One progress bar a task, events scrolling by above them."""
+
+    def __init__(self) -> None:
+        self._bars = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=20),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[text]}"),
+            console=Console(),
+        )
+        self._ids: dict[str, Any] = {}
+
+    def event(self, task: str, text: str) -> None:
+        self._bars.console.print(f"{_clock()} [bold]{escape(task)}[/bold]: {escape(text)}")
+        if task in self._ids and not text.startswith(("started", "drill")):
+            self._bars.remove_task(self._ids.pop(task))
+
+    def progress(self, task: str, values: Mapping[str, Any]) -> None:
+        if "step" not in values:
+            return
+        if task not in self._ids:
+            self._ids[task] = self._bars.add_task(task, total=None, text="")
+        self._bars.update(
+            self._ids[task],
+            description=f"{task} {values.get('stage', '')}",
+            completed=values["step"],
+            total=values.get("total"),
+            text=progress_text(values, counts=False),
+        )
+
+    def __enter__(self) -> Bars:
+        self._bars.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bars.stop()
+
+
+def view() -> Lines | Bars:
+    """Bars on a terminal, plain lines elsewhere."""
+    return Bars() if sys.stdout.isatty() else Lines()
+
+
+def progress_text(values: Mapping[str, Any], *, counts: bool = True) -> str:
+    """`train step 40/120, loss 2.31, 1,234 tok/s, ETA 2:05, durable step 32`."""
+    parts = []
+    if counts:
+        parts.append(f"{values.get('stage', '')} step {values['step']}/{values.get('total', '?')}")
+    if values.get("loss") is not None:
+        parts.append(f"loss {values['loss']:.3f}")
+    if values.get("tokens_per_s"):
+        parts.append(f"{values['tokens_per_s']:,.0f} tok/s")
+    if values.get("eta_seconds"):
+        parts.append(f"ETA {duration(values['eta_seconds'])}")
+    if values.get("durable_step") is not None:
+        parts.append(f"durable step {values['durable_step']}")
+    return ", ".join(parts)
+
+
+def duration(seconds: float | None) -> str:
+    """`1:02:03` or `2:05`; empty for None."""
+    if seconds is None:
+        return ""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def status_table(plan: Plan, statuses: Sequence[TaskStatus]) -> Table:
+    """The table of `baton status`."""
+    table = Table(title=f"{plan.experiment}/{plan.digest}", title_justify="left")
+    for name in (
+        "task",
+        "state",
+        "legs",
+        "stage",
+        "step",
+        "tok/s",
+        "ETA",
+        "durable",
+        "last reason",
+    ):
+        right = name in ("legs", "step", "tok/s", "ETA", "durable")
+        table.add_column(name, justify="right" if right else "left", overflow="fold")
+    for s in statuses:
+        speed = f"{s.tokens_per_s:,.0f}" if s.tokens_per_s else ""
+        step = "" if s.step is None else f"{s.step}/{s.total}"
+        durable = "" if s.durable_step is None else str(s.durable_step)
+        cells = (s.task, s.state, str(s.legs), s.stage, step, speed, duration(s.eta_seconds))
+        table.add_row(*map(escape, (*cells, durable, s.reason)))
+    return table
+
+
+def _clock() -> str:
+    return time.strftime("%H:%M:%S")

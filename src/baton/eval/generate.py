@@ -1,0 +1,111 @@
+"""Answers of a causal model to prompts, a batch at a time."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
+
+from baton.eval.config import GenerateConfig
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What a batch of prompts was answered with; `seconds` is generation alone."""
+
+    texts: list[str]
+    new_tokens: list[int]
+    seconds: float
+
+
+def generate(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[str],
+    config: GenerateConfig,
+    *,
+    seed: int = 0,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> Answers | None:
+    """Answer `prompts` as one batch, padded on the left.
+
+    The model's own generation defaults (sampling, penalties) are not used: what decides the
+    result is in `config`. `seed` varies the draws between batches and is added to the one in
+    `config.sampling`.
+
+    Returns:
+        The answers without special tokens, or None when `should_stop` said so half-way.
+    """
+    encoded = tokenizer(
+        list(prompts),
+        add_special_tokens=False,
+        padding=True,
+        padding_side="left",
+        return_tensors="pt",
+    ).to(model.device)
+    stop = _Stop(should_stop)
+    if config.sampling is not None:
+        torch.manual_seed(config.sampling.seed * 1_000_003 + seed)
+    ends = end_tokens(model, tokenizer)
+    started = time.monotonic()
+    with torch.inference_mode():
+        output = model.generate(
+            **encoded,
+            generation_config=_decoding(config, ends, tokenizer),
+            stopping_criteria=StoppingCriteriaList([stop]),
+        )
+    answers = output[:, encoded["input_ids"].shape[1] :].tolist()  # waits for the device
+    seconds = time.monotonic() - started
+    if stop.stopped:
+        return None
+    texts = tokenizer.batch_decode(answers, skip_special_tokens=True)
+    return Answers([t.strip() for t in texts], [_count(row, ends) for row in answers], seconds)
+
+
+def end_tokens(model: Any, tokenizer: Any) -> list[int]:
+    """Ids that end an answer: the model's own and the tokenizer's."""
+    own = model.generation_config.eos_token_id
+    own = own if isinstance(own, list) else [own]
+    return sorted({int(i) for i in (*own, tokenizer.eos_token_id) if i is not None})
+
+
+def _count(row: list[int], ends: list[int]) -> int:
+    """New tokens up to and including the end token; what follows it is padding."""
+    return next((i + 1 for i, token in enumerate(row) if token in ends), len(row))
+
+
+def _decoding(config: GenerateConfig, ends: list[int], tokenizer: Any) -> GenerationConfig:
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else ends[0]
+    common = {
+        "max_new_tokens": config.max_new_tokens,
+        "eos_token_id": ends,
+        "pad_token_id": pad,
+        "use_cache": True,
+    }
+    if config.sampling is None:
+        return GenerationConfig(do_sample=False, **common)
+    s = config.sampling
+    return GenerationConfig(
+        do_sample=True,
+        temperature=s.temperature,
+        top_p=s.top_p,
+        top_k=s.top_k,
+        repetition_penalty=s.repetition_penalty,
+        **common,
+    )
+
+
+class _Stop(StoppingCriteria):  # type: ignore[misc]
+    """Ends generation at the next token when asked to."""
+
+    def __init__(self, should_stop: Callable[[], bool]) -> None:
+        self._should_stop = should_stop
+        self.stopped = False
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+        self.stopped = self.stopped or self._should_stop()
+        return torch.full((len(input_ids),), self.stopped, device=input_ids.device)

@@ -1,0 +1,67 @@
+"""What every launcher is asked for, and what it tells while tasks run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from baton.errors import ConfigError, ExitStatus
+from baton.record import Plan
+
+
+@dataclass(frozen=True)
+class Drill:
+    """A fire drill: send `signal` to a task's leg once it has reached `step`."""
+
+    task: str
+    signal: str
+    step: int
+
+    @classmethod
+    def parse(cls, text: str) -> Drill:
+        """Read `TASK=SIGNAL@STEP`, e.g. `lora_20k=TERM@5`. Raises `ConfigError`."""
+        task, _, rest = text.partition("=")
+        signal, _, step = rest.partition("@")
+        if not task or signal not in ("TERM", "KILL", "USR1", "USR2", "INT") or not step.isdigit():
+            raise ConfigError(
+                f"--drill {text}: expected TASK=SIGNAL@STEP with TERM, KILL, USR1, USR2 or INT,"
+                " e.g. lora_20k=TERM@5"
+            )
+        return cls(task, signal, int(step))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What to run: a frozen plan, tasks of it by name, and where it is stored."""
+
+    plan: Plan
+    plan_path: Path
+    store_root: Path
+    tasks: Sequence[str]
+    drills: Sequence[Drill] = field(default_factory=tuple)
+
+
+class View(Protocol):
+    """Somebody who is told what happens; the command line draws it."""
+
+    def event(self, task: str, text: str) -> None:
+        """Something worth a line: started, handed over, finished, failed, drill."""
+        ...
+
+    def progress(self, task: str, values: Mapping[str, Any]) -> None:
+        """How far a task is, about once a second."""
+        ...
+
+
+class Launcher(Protocol):
+    """Two methods; everything else a launcher does is its own affair."""
+
+    def submit(self, request: Request, view: View) -> dict[str, ExitStatus]:
+        """Start the tasks; returns how each ended, as far as it waits for them."""
+        ...
+
+    def cancel(self, request: Request, view: View) -> None:
+        """Stop the tasks with their work saved, and do not start them again."""
+        ...

@@ -1,0 +1,1 @@
+"""LoRA and QLoRA over data scale on question answering: data, train, eval."""

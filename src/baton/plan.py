@@ -1,0 +1,191 @@
+"""From an experiment's name to its frozen plan: find, expand, check, digest."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import baton
+from baton.config.decode import decode, encode
+from baton.config.experiment import Experiment, apply_set, available, nearest
+from baton.config.yaml import load_yaml
+from baton.errors import ConfigError
+from baton.pins import look_up, pins_of
+from baton.pipelines import PIPELINES, Pipeline
+from baton.record import Plan, TaskPlan, replace
+
+# Files up to this size are hashed whole; of larger ones, evenly spaced pieces.
+_WHOLE_BYTES = 64 * 2**20
+_PIECES, _PIECE_BYTES = 16, 2**20
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What a person named on the command line: an experiment, and perhaps one task of it."""
+
+    experiment: Experiment
+    task: str | None
+
+
+def jobs_folder() -> Path:
+    """`jobs/` below $BATON_HOME, the working directory, or the source checkout."""
+    homes = [Path(os.environ["BATON_HOME"])] if "BATON_HOME" in os.environ else []
+    homes += [Path.cwd(), Path(__file__).parents[2]]
+    for home in homes:
+        if (home / "jobs").is_dir():
+            return home / "jobs"
+    raise ConfigError(
+        f"no jobs/ folder in {' or '.join(map(str, homes))}; run baton from the project's folder"
+        " or set BATON_HOME to it"
+    )
+
+
+def select(name: str, settings: Sequence[str] = ()) -> Selection:
+    """Find what `name` means: a file, an experiment, `experiment/task`, or a task by itself.
+
+    A bare task name is looked for in `jobs/*.yaml`, not in `jobs/smoke`, whose tasks have the
+    same names.
+
+    Raises:
+        ConfigError: nothing, or more than one thing, has this name; the nearest are given.
+    """
+    if name.endswith((".yaml", ".yml")):
+        path = Path(name)
+        return Selection(_read(path.stem, path, settings), None)
+    folder = jobs_folder()
+    names = available(folder)
+    if name in names:
+        return Selection(_read(name, folder / f"{name}.yaml", settings), None)
+    experiment, _, task = name.rpartition("/")
+    if experiment in names:
+        found = _read(experiment, folder / f"{experiment}.yaml", settings)
+        return Selection(found, _task_of(found, task))
+    tasks = {
+        other: [point.name for point in _read(other, folder / f"{other}.yaml", settings).points()]
+        for other in names
+        if "/" not in other
+    }
+    homes = [other for other in tasks if name in tasks[other]]
+    if len(homes) > 1:
+        choices = " or ".join(f"{home}/{name}" for home in homes)
+        raise ConfigError(f"{name!r} is a task of several experiments; say {choices}")
+    if homes:
+        return Selection(_read(homes[0], folder / f"{homes[0]}.yaml", settings), name)
+    known = [*names, *(task for several in tasks.values() for task in several)]
+    raise ConfigError(f"no experiment or task {name!r} below {folder}; {nearest(name, known)}")
+
+
+def build_plan(experiment: Experiment, *, created: str) -> Plan:
+    """Expand the matrix, decode every task's configuration and freeze it all.
+
+    Raises:
+        ConfigError: every problem of the file at once.
+    """
+    pipeline = pipeline_of(experiment)
+    tasks: list[TaskPlan] = []
+    problems: dict[str, None] = {}
+    for point in experiment.points():
+        try:
+            config = decode(pipeline.config, point.document.data, document=point.document)
+        except ConfigError as error:
+            # The same mistake in every task of a matrix is one mistake.
+            problems |= dict.fromkeys(error.problems)
+        else:
+            tasks.append(TaskPlan(name=point.name, labels=point.labels, config=encode(config)))
+    if not problems and len({task.name for task in tasks}) < len(tasks):
+        problems[f"{experiment.document.path}: two tasks of the matrix have the same name"] = None
+    if problems:
+        raise ConfigError(list(problems))
+    fingerprints = {path: fingerprint(Path(path)) for path in _local_files(tasks)}
+    identity = {
+        "pipeline": pipeline.name,
+        "tasks": [encode(task) for task in tasks],
+        "fingerprints": fingerprints,
+    }
+    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:8]
+    return Plan(
+        experiment=experiment.name,
+        pipeline=pipeline.name,
+        digest=digest,
+        tasks=tasks,
+        fingerprints=fingerprints,
+        created=created,
+        baton_version=baton.__version__,
+    )
+
+
+def pin(plan: Plan) -> Plan:
+    """The plan with the commits behind its Hub revisions.
+
+    Raises:
+        ModelError, DataError: the Hub is out of reach, or has no such thing.
+    """
+    config_class = PIPELINES[plan.pipeline]().config
+    found = {pinned for task in plan.tasks for pinned in pins_of(decode(config_class, task.config))}
+    pins = {
+        f"{kind}:{name}@{revision}": look_up(kind, name, revision)
+        for kind, name, revision in sorted(found)
+    }
+    return replace(plan, pins=pins)
+
+
+def pipeline_of(experiment: Experiment) -> Pipeline:
+    """The pipeline that an experiment names. Raises `ConfigError`."""
+    if experiment.pipeline not in PIPELINES:
+        place = experiment.document.place(("pipeline",))
+        advice = nearest(experiment.pipeline, list(PIPELINES))
+        raise ConfigError(f"{place}: pipeline: no pipeline {experiment.pipeline!r}; {advice}")
+    return PIPELINES[experiment.pipeline]()
+
+
+def fingerprint(path: Path) -> str:
+    """Identity of a local input file, cheap enough for `status`: SHA-256 over size and bytes.
+
+    Of a file over 64 MiB only sixteen evenly spaced MiB are read.
+
+    Raises:
+        ConfigError: there is no such file.
+    """
+    try:
+        size = path.stat().st_size
+        digest = hashlib.sha256(str(size).encode())
+        with open(path, "rb") as file:
+            if size <= _WHOLE_BYTES:
+                digest.update(file.read())
+            else:
+                for piece in range(_PIECES):
+                    file.seek(piece * (size - _PIECE_BYTES) // (_PIECES - 1))
+                    digest.update(file.read(_PIECE_BYTES))
+    except FileNotFoundError:
+        raise ConfigError(
+            f"data.path: there is no file {path} (looked for from {Path.cwd()})"
+        ) from None
+    except IsADirectoryError:
+        raise ConfigError(f"data.path: {path} is a folder; name a file") from None
+    return digest.hexdigest()[:16]
+
+
+def _local_files(tasks: Sequence[TaskPlan]) -> list[str]:
+    """Every `data.path` of the tasks, once."""
+    paths: dict[str, None] = {}
+    for task in tasks:
+        data: Any = task.config.get("data")
+        if isinstance(data, dict) and isinstance(data.get("path"), str):
+            paths[data["path"]] = None
+    return list(paths)
+
+
+def _read(name: str, path: Path, settings: Sequence[str]) -> Experiment:
+    return Experiment.read(name, apply_set(load_yaml(path), settings))
+
+
+def _task_of(experiment: Experiment, task: str) -> str:
+    names = [point.name for point in experiment.points()]
+    if task not in names:
+        raise ConfigError(f"{experiment.name} has no task {task!r}; {nearest(task, names)}")
+    return task

@@ -1,0 +1,73 @@
+"""What every store can do, and which names it may hold."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Protocol
+
+from baton.errors import ConfigError, StoreError
+
+# What every file system, S3 and the Hub accept alike; control characters and backslashes
+# in a name are how a name from a store would leave its folder or a terminal its line.
+_PART = re.compile(r"[^\x00-\x1f\x7f\\/:]{1,200}")
+
+
+def check_name(name: str) -> str:
+    """Return `name` if it is a plain relative path; names come from stores, so trust none.
+
+    Raises:
+        StoreError: the name is absolute, leaves its folder, or has a character no store takes.
+    """
+    parts = name.split("/")
+    if any(part in ("", ".", "..") or not _PART.fullmatch(part) for part in parts):
+        raise StoreError(f"{name!r} is not a name inside a store: use plain relative paths")
+    return name
+
+
+class Store(Protocol):
+    """Six methods over names such as `tasks/lora_20k/legs/001.json`.
+
+    A name exists only once its bytes are complete and on disk: a kill at any moment leaves
+    either the whole or nothing. All methods raise `StoreError` when the far end fails.
+    """
+
+    @property
+    def url(self) -> str:
+        """What to give to `--store` to open this place again."""
+        ...
+
+    def read(self, name: str) -> bytes:
+        """The bytes under `name`. Raises `NameMissing`."""
+        ...
+
+    def write(self, name: str, data: bytes, *, exclusive: bool = False) -> None:
+        """Put a small object; replaces an older one unless `exclusive` (then `NameTaken`)."""
+        ...
+
+    def upload(self, source: Path, name: str) -> None:
+        """Put a finished file that nobody will change again. Raises `NameTaken`."""
+        ...
+
+    def download(self, name: str, target: Path) -> None:
+        """Copy `name` to the path `target`, which appears only when complete."""
+        ...
+
+    def names(self, prefix: str = "") -> Iterator[str]:
+        """Every name below the folder `prefix`, in any order, leaving out unfinished writes."""
+        ...
+
+    def delete(self, name: str) -> None:
+        """Forget `name`; nothing happens if it is not there."""
+        ...
+
+
+def open_store(url: str) -> Store:
+    """The store a person names with `--store`: a folder, `s3://bucket/prefix` or `hf://…`."""
+    from baton.store.local import LocalStore
+
+    scheme, found, _ = url.partition("://")
+    if found and scheme != "file":
+        raise ConfigError(f"store {url!r}: this version of baton stores in folders only")
+    return LocalStore(Path(url.removeprefix("file://")))

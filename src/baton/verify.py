@@ -1,0 +1,97 @@
+"""Does a resumed run compute what the first one computed? Train a stretch again and compare."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from baton.config.decode import decode
+from baton.errors import ConfigError
+from baton.handover import StopSignal
+from baton.legs import this_runner, utc_now
+from baton.pipelines import PIPELINES
+from baton.record import LegRecord, Manifest, Plan, TaskPlan
+from baton.runner import task_store
+from baton.stage import Alone, Leg
+from baton.store.checkpoint import Checkpoints
+from baton.store.local import LocalStore
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether the bytes were the same, and a sentence that says so."""
+
+    identical: bool
+    text: str
+
+
+def verify(plan: Plan, task: TaskPlan, root: Path, stop: StopSignal) -> Verdict:
+    """Resume from the last checkpoint but one, train to the last, compare every file.
+
+    The task's own folder is only read.
+
+    Raises:
+        ConfigError: there are not two checkpoints yet.
+    """
+    from baton.train.state import MEASURED_FILES
+
+    pipeline = PIPELINES[plan.pipeline]()
+    store = task_store(root, plan, task.name)
+    original = _checkpoints(store)
+    steps = original.steps()
+    if len(steps) < 2:
+        raise ConfigError(
+            f"{task.name} has {len(steps)} checkpoints; verify-resume needs two (train further,"
+            " or lower train.save_every_steps)"
+        )
+    first, last = steps[-2], steps[-1]
+    with tempfile.TemporaryDirectory(dir=store.root, prefix=".verify-") as scratch:
+        copy = LocalStore(Path(scratch))
+        for name in ("data", "base"):
+            if (store.root / name).exists():
+                (copy.root / name).symlink_to(store.root / name)
+        for file in store.names(original.name(first)):
+            copy.path(file).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(store.path(file), copy.path(file))
+        leg = _leg(plan, task, copy, stop, decode(pipeline.config, task.config))
+        pipeline.load_retrain()(leg, last)
+        again = _checkpoints(copy).manifest(last)
+    odd = _differences(original.manifest(last), again, MEASURED_FILES)
+    stretch = f"{task.name}: steps {first} to {last}"
+    if odd:
+        return Verdict(False, f"{stretch}: not bit-identical, these files differ: {', '.join(odd)}")
+    return Verdict(True, f"{stretch}: bit-identical")
+
+
+def _differences(a: Manifest, b: Manifest, measured: frozenset[str]) -> list[str]:
+    old = {f.name: f.sha256 for f in a.files if f.name not in measured}
+    new = {f.name: f.sha256 for f in b.files if f.name not in measured}
+    return sorted(name for name in old.keys() | new.keys() if old.get(name) != new.get(name))
+
+
+def _checkpoints(store: LocalStore) -> Checkpoints:
+    return Checkpoints(store, "train/checkpoints", 0, lambda: None, utc_now)
+
+
+def _leg(plan: Plan, task: TaskPlan, store: LocalStore, stop: StopSignal, config: object) -> Leg:
+    record = LegRecord(
+        task=task.name,
+        number=0,
+        state="active",
+        runner=this_runner(),
+        started=utc_now(),
+        position=[],
+    )
+    return Leg(
+        plan=plan,
+        task=task,
+        config=config,
+        record=record,
+        store=store,
+        stop=stop,
+        peers=Alone(),
+        check_fence=lambda: None,
+        now=utc_now,
+    )
