@@ -1,0 +1,130 @@
+"""Saves a run between two steps and brings it back at the start of a leg."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from baton.errors import ConfigError
+from baton.stage import Leg
+from baton.store.checkpoint import Checkpoints
+from baton.train import state as saved
+from baton.train.precision import Precision
+from baton.train.ranks import Ranks
+from baton.train.state import Timing, TrainState, Weights
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(kw_only=True)
+class Keeper:
+    """Everything of a run that must outlive its process, and the checkpoints it lives in.
+
+    Attributes:
+        identity: what must be the same in every leg (base weights, data); a difference is
+            refused unless named in `allow_changed`.
+        environment: what may change, but is said when it does.
+    """
+
+    leg: Leg
+    ranks: Ranks
+    prefix: str
+    weights: Weights
+    optimizer: torch.optim.Optimizer
+    names: Mapping[torch.nn.Parameter, str]
+    precision: Precision
+    keep_last: int
+    identity: Mapping[str, str]
+    environment: Mapping[str, str]
+    allow_changed: Sequence[str] = ()
+    saved_step: int | None = None
+    saved_at: float = field(default_factory=time.monotonic)
+
+    def __post_init__(self) -> None:
+        leg = self.leg
+        self.checkpoints = Checkpoints(
+            leg.store, self.prefix, leg.record.number, leg.check_fence, leg.now, leg.notice
+        )
+
+    def restore(self, fresh: TrainState, timing: Timing) -> tuple[TrainState, Timing]:
+        """Go on from the newest checkpoint that is whole, or start with `fresh` at step 0.
+
+        Raises:
+            ConfigError: the checkpoint is of another base or other data.
+        """
+        folder = self.leg.folder / f".restored-{self.ranks.rank}"
+        if self.leg.is_first:
+            self.checkpoints.sweep()
+            manifest = self.checkpoints.fetch_newest_verified(folder)
+            found = self.ranks.broadcast(manifest.step if manifest else None)
+        else:
+            found = self.ranks.broadcast(None)
+            if found is not None:
+                self.checkpoints.fetch(found, folder)
+        if found is not None:
+            fresh, timing = self._load(folder)
+            self.saved_step = fresh.step
+        shutil.rmtree(folder, ignore_errors=True)
+        self.leg.amend(from_step=fresh.step, to_step=fresh.step, durable_step=found)
+        return fresh, timing
+
+    def _load(self, folder: Path) -> tuple[TrainState, Timing]:
+        state, timing = saved.read_state(folder)
+        self._compare(state)
+        self.weights.load(folder)
+        saved.load_optimizer(self.optimizer, self.names, folder)
+        self.precision.load(state.scaler)
+        state.identity, state.environment = dict(self.identity), dict(self.environment)
+        return state, timing
+
+    def _compare(self, state: TrainState) -> None:
+        """Refuse a leg whose result would be another; name what merely changed."""
+        changed = saved.differences(state.identity, self.identity)
+        refused = [f"{k}: {v}" for k, v in changed.items() if k not in self.allow_changed]
+        if refused:
+            raise ConfigError(
+                [f"changed since the checkpoint of step {state.step}: {line}" for line in refused]
+                + ["the result would be another; to go on all the same: --allow-changed KEY"]
+            )
+        moved = saved.differences(state.environment, self.environment)
+        for key, value in (changed | moved).items():
+            log.warning("changed since step %d: %s: %s", state.step, key, value)
+
+    def save(self, state: TrainState, timing: Timing) -> None:
+        """Commit the state, once a step, and drop what retention lets go."""
+        self.saved_at = time.monotonic()
+        if not self.leg.is_first:
+            return
+        if self.saved_step != state.step:
+            self._write(state, timing)
+            self.saved_step = state.step
+            seconds = time.monotonic() - self.saved_at
+            self.leg.log("saved", step=state.step, seconds=seconds)
+            self.leg.report(durable_step=state.step)
+        signalled = self.leg.stop.is_set
+        self.leg.amend(
+            durable_step=self.saved_step,
+            to_step=state.step,
+            signal_to_durable_seconds=(
+                round(self.leg.stop.seconds_since(), 3) if signalled else None
+            ),
+        )
+
+    def _write(self, state: TrainState, timing: Timing) -> None:
+        state.scaler = self.precision.state()
+        staging = self.leg.folder / ".staging"
+        shutil.rmtree(staging, ignore_errors=True)
+        staging.mkdir(parents=True)
+        self.weights.save(staging)
+        saved.save_optimizer(self.optimizer, self.names, staging)
+        saved.write_state(state, timing, staging)
+        self.checkpoints.save(state.step, staging)
+        shutil.rmtree(staging)
+        best = state.best
+        self.checkpoints.prune(keep={best[0]} if best else (), keep_last=self.keep_last)
