@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -128,10 +129,14 @@ def submit(
     parsed = [Drill.parse(text) for text in drills]
     unknown = [drill.task for drill in parsed if drill.task not in tasks]
     if unknown:
-        raise ConfigError(f"--drill {unknown[0]}: not a task of this submission: {tasks}")
-    waiting = [s.task for s in _statuses(root, frozen, tasks) if s.state != "finished"]
+        raise ConfigError(
+            f"--drill {unknown[0]}: not a task of this submission: {', '.join(tasks)}"
+        )
+    states = {s.task: s.state for s in _statuses(root, frozen, tasks)}
+    waiting = [task for task in tasks if states[task] not in ("finished", "running")]
+    at_work = [task for task in tasks if states[task] == "running"]
     if dry_run:
-        _show_dry_run(frozen, tasks, waiting, where, root)
+        _show_dry_run(frozen, states, where, root)
         return
     if detach:
         _detach(frozen, root)
@@ -139,11 +144,12 @@ def submit(
     stop = StopSignal().install()
     path = _freeze(frozen, root)
     click.echo(f"{frozen.experiment}/{frozen.digest}: {len(waiting)} of {len(tasks)} tasks to run")
+    for task in at_work:
+        click.echo(f"{task}: running already, left alone")
     from baton.console import view
-    from baton.record import Plan
 
     request = Request(
-        plan=Plan.from_json(path.read_bytes(), where=str(path)),
+        plan=_read_plan(path),
         plan_path=path,
         store_root=root,
         tasks=waiting,
@@ -151,7 +157,7 @@ def submit(
     )
     with view() as shown:
         ended = LocalLauncher(where, stop, max_parallel).submit(request, shown)
-    _finish(ended)
+    _finish(ended | dict.fromkeys(at_work, ExitStatus.HANDED_OVER))
 
 
 @cli.command()
@@ -264,10 +270,13 @@ def cancel(exp: str, settings: tuple[str, ...], site: str, store: str | None) ->
     from baton.launchers.local import LocalLauncher
 
     frozen, tasks, root = _submitted(exp, settings, site, store)
+    path = root / frozen.experiment / frozen.digest / "plan.json"
+    if not path.exists():
+        raise ConfigError(f"nothing to cancel: {frozen.experiment} was not submitted to {root}")
     waiting = [s.task for s in _statuses(root, frozen, tasks) if s.state != "finished"]
     request = Request(
         plan=frozen,
-        plan_path=root / frozen.experiment / frozen.digest / "plan.json",
+        plan_path=path,
         store_root=root,
         tasks=waiting,
     )
@@ -322,6 +331,7 @@ def verify_resume(task: str, settings: tuple[str, ...], site: str, store: str | 
     if len(tasks) != 1:
         raise ConfigError(f"verify-resume is about one task; name one of: {', '.join(tasks)}")
     stop = _stop_signal()
+    _quiet_libraries()
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     verdict = verify(frozen, frozen.task(tasks[0]), root, stop)
     click.echo(verdict.text)
@@ -346,21 +356,32 @@ def _submitted(
     exp: str, settings: tuple[str, ...], site: str, store: str | None
 ) -> tuple[Plan, list[str], Path]:
     """The plan as it was frozen at its submission, if it was."""
-    from baton.record import Plan
-
     frozen, tasks = _plan(exp, settings)
     root = _store_root(_site(site), store)
     path = root / frozen.experiment / frozen.digest / "plan.json"
     if path.exists():
-        return Plan.from_json(path.read_bytes(), where=str(path)), tasks, root
-    others = sorted((root / frozen.experiment).glob("*/plan.json"))
-    if others:
-        click.echo(
-            f"note: this version of {frozen.experiment} ({frozen.digest}) was not submitted;"
-            f" there are runs of others: {', '.join(p.parent.name for p in others)}",
-            err=True,
-        )
+        return _read_plan(path), tasks, root
+    others = [p.parent.name for p in sorted((root / frozen.experiment).glob("*/plan.json"))]
+    there = f"; there are runs of other versions: {', '.join(others)}" if others else ""
+    click.echo(
+        f"note: {frozen.experiment} as it is now ({frozen.digest}) was not submitted to"
+        f" {root}{there}",
+        err=True,
+    )
     return frozen, tasks, root
+
+
+def _read_plan(path: Path) -> Plan:
+    """A frozen plan. Raises `ConfigError`: running again cannot mend a damaged one."""
+    from baton.errors import DamagedError
+    from baton.record import Plan
+
+    try:
+        return Plan.from_json(path.read_bytes(), where=str(path))
+    except DamagedError as error:
+        raise ConfigError(
+            f"{error}; move it away and submit again: it will be written anew"
+        ) from error
 
 
 def _freeze(frozen: Plan, root: Path) -> Path:
@@ -378,19 +399,21 @@ def _freeze(frozen: Plan, root: Path) -> Path:
 def _plan_to_run(
     plan_or_exp: str, store: str | None, settings: tuple[str, ...]
 ) -> tuple[Plan, Path]:
-    from baton.record import Plan
-
     path = Path(plan_or_exp)
     if path.suffix != ".json":
         frozen, _ = _plan(plan_or_exp, settings)
-        root = Path(store or "runs").absolute()
+        root = Path("runs" if store is None else store).absolute()
         path = _freeze(frozen, root)
     elif not path.is_file():
         raise ConfigError(f"there is no plan {path}")
-    frozen = Plan.from_json(path.read_bytes(), where=str(path))
-    # <store>/<experiment, perhaps with slashes>/<digest>/plan.json
-    depth = 1 + len(Path(frozen.experiment).parts)
-    return frozen, Path(store).absolute() if store else path.absolute().parents[depth]
+    frozen = _read_plan(path)
+    if store is not None:
+        return frozen, Path(store).absolute()
+    inside = Path(frozen.experiment, frozen.digest, "plan.json")
+    found = path.absolute()
+    if found.parts[-len(inside.parts) :] != inside.parts:
+        raise ConfigError(f"{path} does not lie in a store (…/{inside}); name the store by --store")
+    return frozen, found.parents[len(inside.parts) - 1]
 
 
 def _statuses(root: Path, frozen: Plan, tasks: list[str]) -> list[Any]:
@@ -403,16 +426,14 @@ def _statuses(root: Path, frozen: Plan, tasks: list[str]) -> list[Any]:
 
 def _site(name: str) -> Site:
     from baton.config.site import load_site
-    from baton.plan import jobs_folder
 
-    return load_site(name, jobs_folder().parent / "launch")
+    return load_site(name)
 
 
 def _store_root(site: Site, store: str | None) -> Path:
     from baton.store.base import open_store
 
-    url = store or site.store
-    return Path(open_store(url).url)
+    return Path(open_store(site.store if store is None else store).url)
 
 
 def _stop_signal() -> StopSignal:
@@ -422,7 +443,18 @@ def _stop_signal() -> StopSignal:
     return StopSignal(grace_seconds=grace).install()
 
 
+def _quiet_libraries() -> None:
+    """No bar for every weight that is loaded, and none of the libraries' notes to each other."""
+    # Read when transformers is imported, which is later.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    for category in (FutureWarning, DeprecationWarning, SyntaxWarning):
+        warnings.filterwarnings("ignore", category=category)
+
+
 def _log_to_stdout() -> None:
+    _quiet_libraries()
     logging.basicConfig(
         level=logging.WARNING,
         stream=sys.stdout,
@@ -432,19 +464,19 @@ def _log_to_stdout() -> None:
     logging.getLogger("baton").setLevel(logging.INFO)
 
 
-def _show_dry_run(
-    frozen: Plan, tasks: list[str], waiting: list[str], site: Site, root: Path
-) -> None:
+def _show_dry_run(frozen: Plan, states: dict[str, str], site: Site, root: Path) -> None:
     path = root / frozen.experiment / frozen.digest / "plan.json"
     click.echo(f"would write {path}" if not path.exists() else f"plan {path}")
-    for task in tasks:
-        if task in waiting:
-            click.echo(f"would run: baton run {path} --task {task} --store {root}")
+    for task, state in states.items():
+        if state in ("finished", "running"):
+            click.echo(f"would skip: {task} is {state}")
         else:
-            click.echo(f"would skip: {task} is finished")
+            click.echo(f"would run: baton run {path} --task {task} --store {root}")
+    processes = "1 process" if site.processes == 1 else f"{site.processes} processes"
+    threads = "1 thread" if site.threads == 1 else f"{site.threads} threads"
     click.echo(
-        f"site {site.launcher}: {site.processes} processes of {site.threads} threads a task,"
-        f" {site.grace_seconds:g} s grace, nothing was started"
+        f"site {site.launcher}: a task is {processes} of {threads}, {site.grace_seconds:g} s grace;"
+        " nothing was started"
     )
 
 

@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import datetime
-import json
 import os
+import re
 import socket
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import psutil
 
 from baton.errors import FencedError, NameTaken, NoProgressError
 from baton.record import LegRecord, Runner, replace
-from baton.stage import PROGRESS
+from baton.stage import read_progress
 from baton.store.local import LocalStore
 
 # A leg that runs elsewhere and has not said anything for so long counts as lost.
 HEARTBEAT_TIMEOUT_SECONDS = 90.0
+_LEG = re.compile(r"legs/(\d{3,})\.json")
 NO_PROGRESS_LEGS = 3
 
 
@@ -33,8 +34,35 @@ class Legs:
 
     def history(self) -> list[LegRecord]:
         """Every leg so far, oldest first."""
-        names = sorted(name for name in self.store.names("legs") if name.endswith(".json"))
-        return [LegRecord.from_json(self.store.read(name), where=name) for name in names]
+        return [self._read(number) for number in self._numbers()]
+
+    def newest(self) -> LegRecord | None:
+        """The record of the newest leg."""
+        numbers = self._numbers()
+        return self._read(numbers[-1]) if numbers else None
+
+    def wait_for_silence(
+        self, record: LegRecord, *, should_stop: Callable[[], bool], poll_seconds: float = 0.5
+    ) -> None:
+        """Wait out the heartbeat of a leg whose process cannot be looked at from here.
+
+        After a reboot, or in a new container, the old leg is almost surely gone, but only its
+        silence proves it. Returns when it is silent long enough, ended, or wanted no more.
+
+        Raises:
+            FencedError: it gave a sign of life.
+        """
+        leg = self.newest()
+        if leg is None or leg.runner.is_visible_from(record.runner):
+            return
+        heard = read_progress(self.store.root).get("time")
+        while leg.state == "active" and self.is_alive(leg, record.runner, record.submission):
+            if read_progress(self.store.root).get("time") != heard:
+                raise FencedError(self._busy(leg))
+            if should_stop():
+                return
+            time.sleep(poll_seconds)
+            leg = self._read(leg.number)
 
     def open(self, record: LegRecord) -> LegRecord:
         """Claim the task: write the record of a new, active leg under the next number.
@@ -44,23 +72,22 @@ class Legs:
             NoProgressError: the last legs of this submission left nothing durable behind.
         """
         history = self.history()
-        for leg in history:
+        for place, leg in enumerate(history):
             if leg.state == "active":
                 if self.is_alive(leg, record.runner, record.submission):
                     raise FencedError(self._busy(leg))
-                self.close(
-                    replace(
-                        leg,
-                        state="lost",
-                        ended=self.now(),
-                        position_at_end=record.position,
-                        reason="ended without a word: killed, or its node was lost",
-                    )
+                history[place] = replace(
+                    leg,
+                    state="lost",
+                    ended=self.now(),
+                    position_at_end=record.position,
+                    reason="ended without a word: killed, or its node was lost",
                 )
+                self.close(history[place])
         record = replace(record, number=history[-1].number + 1 if history else 1)
         self._refuse_crash_loop(history, record)
         try:
-            self.store.write(self._name(record), record.to_json(), exclusive=True)
+            self.store.write(self._name(record.number), record.to_json(), exclusive=True)
         except NameTaken:
             raise FencedError(
                 f"{self.task}: another runner claimed leg {record.number} at the same moment;"
@@ -70,39 +97,39 @@ class Legs:
 
     def close(self, record: LegRecord) -> None:
         """Write how a leg ended."""
-        self.store.write(self._name(record), record.to_json())
+        self.store.write(self._name(record.number), record.to_json())
 
     def check_fence(self, number: int) -> None:
         """Raise `FencedError` if a leg newer than `number` has started."""
-        newest = max((int(Path(name).stem) for name in self.store.names("legs")), default=0)
+        newest = max(self._numbers(), default=0)
         if newest > number:
             raise FencedError(
                 f"{self.task}: leg {newest} has taken over from leg {number}; this one stops"
             )
 
-    def _name(self, record: LegRecord) -> str:
-        return f"legs/{record.number:03d}.json"
+    def _numbers(self) -> list[int]:
+        found = (_LEG.fullmatch(name) for name in self.store.names("legs"))
+        return sorted(int(match[1]) for match in found if match)
+
+    def _read(self, number: int) -> LegRecord:
+        path = self.store.path(self._name(number))
+        return LegRecord.from_json(self.store.read(self._name(number)), where=str(path))
+
+    def _name(self, number: int) -> str:
+        return f"legs/{number:03d}.json"
 
     def is_alive(self, leg: LegRecord, here: Runner, submission: str = "") -> bool:
         """Is an active leg really at work, seen from the process `here`?"""
-        if (leg.runner.boot, leg.runner.pid_namespace) == (here.boot, here.pid_namespace):
+        if leg.runner.is_visible_from(here):
             return _start_ticks(leg.runner.pid) == leg.runner.started_ticks
         if leg.submission.startswith("slurm:") and leg.submission == submission:
             return False  # Slurm runs a job once: that we run means that the older leg does not.
         return self._silent_seconds(leg) < HEARTBEAT_TIMEOUT_SECONDS
 
     def _silent_seconds(self, leg: LegRecord) -> float:
-        last = max(leg.started, str(self.progress().get("time", "")))
+        last = max(leg.started, str(read_progress(self.store.root).get("time", "")))
         spoken = datetime.datetime.fromisoformat(last)
         return (datetime.datetime.fromisoformat(self.now()) - spoken).total_seconds()
-
-    def progress(self) -> dict[str, Any]:
-        """What the leg at work last reported; empty before the first report."""
-        try:
-            progress: dict[str, Any] = json.loads((self.store.root / PROGRESS).read_bytes())
-        except FileNotFoundError:
-            return {}
-        return progress
 
     def _busy(self, leg: LegRecord) -> str:
         runner = leg.runner

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
+import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 import baton
 from baton.config.decode import decode, encode
 from baton.config.experiment import Experiment, apply_set, available, nearest
+from baton.config.home import find_file, jobs_folder
 from baton.config.yaml import load_yaml
 from baton.errors import ConfigError
 from baton.pins import look_up, pins_of
@@ -32,21 +34,8 @@ class Selection:
     task: str | None
 
 
-def jobs_folder() -> Path:
-    """`jobs/` below $BATON_HOME, the working directory, or the source checkout."""
-    homes = [Path(os.environ["BATON_HOME"])] if "BATON_HOME" in os.environ else []
-    homes += [Path.cwd(), Path(__file__).parents[2]]
-    for home in homes:
-        if (home / "jobs").is_dir():
-            return home / "jobs"
-    raise ConfigError(
-        f"no jobs/ folder in {' or '.join(map(str, homes))}; run baton from the project's folder"
-        " or set BATON_HOME to it"
-    )
-
-
 def select(name: str, settings: Sequence[str] = ()) -> Selection:
-    """Find what `name` means: a file, an experiment, `experiment/task`, or a task by itself.
+    """Find what `name` means: an experiment or a file, one task of it (`…/task`), or a task.
 
     A bare task name is looked for in `jobs/*.yaml`, not in `jobs/smoke`, whose tasks have the
     same names.
@@ -54,9 +43,11 @@ def select(name: str, settings: Sequence[str] = ()) -> Selection:
     Raises:
         ConfigError: nothing, or more than one thing, has this name; the nearest are given.
     """
-    if name.endswith((".yaml", ".yml")):
-        path = Path(name)
-        return Selection(_read(path.stem, path, settings), None)
+    by_path = re.fullmatch(r"(.+\.ya?ml)(?:/([^/]+))?", name)
+    if by_path:
+        path = Path(by_path[1])
+        found = _read(_name_of(path), path, settings)
+        return Selection(found, _task_of(found, by_path[2]) if by_path[2] else None)
     folder = jobs_folder()
     names = available(folder)
     if name in names:
@@ -97,11 +88,13 @@ def build_plan(experiment: Experiment, *, created: str) -> Plan:
             problems |= dict.fromkeys(error.problems)
         else:
             tasks.append(TaskPlan(name=point.name, labels=point.labels, config=encode(config)))
-    if not problems and len({task.name for task in tasks}) < len(tasks):
-        problems[f"{experiment.document.path}: two tasks of the matrix have the same name"] = None
+    twice = [name for name, count in Counter(task.name for task in tasks).items() if count > 1]
+    place = experiment.document.place(("matrix",))
+    problems |= {f"{place}: matrix: two tasks would be called {name!r}": None for name in twice}
     if problems:
         raise ConfigError(list(problems))
-    fingerprints = {path: fingerprint(Path(path)) for path in _local_files(tasks)}
+    where = experiment.document.place(("data", "path"))
+    fingerprints = {path: fingerprint(path, where) for path in _local_files(tasks)}
     identity = {
         "pipeline": pipeline.name,
         "tasks": [encode(task) for task in tasks],
@@ -143,18 +136,21 @@ def pipeline_of(experiment: Experiment) -> Pipeline:
     return PIPELINES[experiment.pipeline]()
 
 
-def fingerprint(path: Path) -> str:
+def fingerprint(path: str, where: str = "") -> str:
     """Identity of a local input file, cheap enough for `status`: SHA-256 over size and bytes.
 
-    Of a file over 64 MiB only sixteen evenly spaced MiB are read.
+    Of a file over 64 MiB only sixteen evenly spaced MiB are read. `where` is the line that
+    names the file.
 
     Raises:
         ConfigError: there is no such file.
     """
+    place = f"{where}: data.path" if where else "data.path"
+    found = find_file(path)
     try:
-        size = path.stat().st_size
+        size = found.stat().st_size
         digest = hashlib.sha256(str(size).encode())
-        with open(path, "rb") as file:
+        with open(found, "rb") as file:
             if size <= _WHOLE_BYTES:
                 digest.update(file.read())
             else:
@@ -163,10 +159,10 @@ def fingerprint(path: Path) -> str:
                     digest.update(file.read(_PIECE_BYTES))
     except FileNotFoundError:
         raise ConfigError(
-            f"data.path: there is no file {path} (looked for from {Path.cwd()})"
+            f"{place}: there is no file {path} (looked for from {Path.cwd()})"
         ) from None
     except IsADirectoryError:
-        raise ConfigError(f"data.path: {path} is a folder; name a file") from None
+        raise ConfigError(f"{place}: {path} is a folder; name a file") from None
     return digest.hexdigest()[:16]
 
 
@@ -178,6 +174,15 @@ def _local_files(tasks: Sequence[TaskPlan]) -> list[str]:
         if isinstance(data, dict) and isinstance(data.get("path"), str):
             paths[data["path"]] = None
     return list(paths)
+
+
+def _name_of(path: Path) -> str:
+    """A file below `jobs/` is the experiment of that name, however it was written."""
+    try:
+        inside = path.resolve().relative_to(jobs_folder().resolve())
+    except (ValueError, ConfigError):
+        return path.stem
+    return inside.with_suffix("").as_posix()
 
 
 def _read(name: str, path: Path, settings: Sequence[str]) -> Experiment:

@@ -101,6 +101,10 @@ class Runner:
     boot: str
     pid_namespace: str
 
+    def is_visible_from(self, here: Runner) -> bool:
+        """Does this process's number mean anything to the process `here`?"""
+        return (self.boot, self.pid_namespace) == (here.boot, here.pid_namespace)
+
 
 LegState = Literal["active", "finished", "handed_over", "failed", "lost", "cancelled"]
 

@@ -46,6 +46,11 @@ class TaskRunner:
     on_progress: Callable[[Mapping[str, Any]], None] | None = None
     now: Callable[[], str] = utc_now
 
+    @property
+    def name(self) -> str:
+        """The task as every command takes it."""
+        return f"{self.plan.experiment}/{self.task.name}"
+
     def run(self) -> ExitStatus:
         """One leg. Raises what a stage raises, after writing it into the leg's record."""
         pipeline = PIPELINES[self.plan.pipeline]()
@@ -55,11 +60,16 @@ class TaskRunner:
         if self._next_stage() is None:
             log.info("finished already task=%s", self.task.name)
             return ExitStatus.FINISHED
+        if self.store_has(CANCELLED):
+            raise FencedError(
+                f"{self.name} was cancelled; `baton submit {self.name}` takes it up again"
+            )
         with _peers() as peers:
-            legs = Legs(self.store, self.task.name, self.now)
+            legs = Legs(self.store, self.name, self.now)
             leg = self._open(legs, config, peers)
             try:
-                outcome = self._run_stages(leg, pipeline.load_stages())
+                with leg.heartbeat():
+                    outcome = self._run_stages(leg, pipeline.load_stages())
             except BaseException as error:
                 self._close(legs, leg, "failed", f"{type(error).__name__}: {error}", error)
                 raise
@@ -79,6 +89,7 @@ class TaskRunner:
         refused: BatonError | None = None
         if peers.rank == 0:
             try:
+                legs.wait_for_silence(record, should_stop=lambda: self.stop.is_set)
                 record = legs.open(record)
                 self.store.sweep()
             except BatonError as error:
@@ -107,8 +118,7 @@ class TaskRunner:
             if leg.peers.broadcast(self.store_has(done_marker(stage.name))):
                 continue
             leg.amend(stage=stage.name)
-            leg.progress.clear()
-            leg.report(stage=stage.name, now=True)
+            leg.start_over(stage=stage.name)
             leg.log("stage started")
             outcome = self._run_stage(leg, stage)
             if outcome is Outcome.HANDED_OVER:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import enum
+import json
 import logging
 import os
+import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,6 +21,7 @@ from baton.store.local import LocalStore
 PROGRESS = "progress.json"
 # Rewriting a small file is cheap, but a stage may report hundreds of times a second.
 _PROGRESS_EVERY_SECONDS = 0.25
+HEARTBEAT_SECONDS = 10.0
 
 
 class Outcome(enum.Enum):
@@ -82,6 +86,7 @@ class Leg:
     progress: dict[str, Any] = field(default_factory=dict)
     on_progress: Callable[[Mapping[str, Any]], None] | None = None
     _written: float = -1e9
+    _lock: threading.Lock = field(default_factory=threading.Lock)
 
     @property
     def folder(self) -> Path:
@@ -108,15 +113,45 @@ class Leg:
         """
         if not self.is_first:
             return
-        self.progress.update(values)
-        if now or self.clock() - self._written >= _PROGRESS_EVERY_SECONDS:
-            self._written = self.clock()
-            # A heartbeat need not survive a power cut, so no fsync; but never half a file.
-            beside = self.folder / f".{PROGRESS}.{os.getpid()}"
-            beside.write_bytes(dump_json(self.progress | {"time": self.now()}))
-            os.replace(beside, self.folder / PROGRESS)
+        with self._lock:
+            self.progress.update(values)
+            if now or self.clock() - self._written >= _PROGRESS_EVERY_SECONDS:
+                self._write_progress()
         if self.on_progress is not None:
             self.on_progress(self.progress)
+
+    def start_over(self, **values: Any) -> None:
+        """Forget what the last stage reported."""
+        with self._lock:
+            self.progress.clear()
+        self.report(now=True, **values)
+
+    def _write_progress(self) -> None:
+        self._written = self.clock()
+        # A heartbeat need not survive a power cut, so no fsync; but never half a file.
+        beside = self.folder / f".{PROGRESS}-{self.record.number:03d}"
+        beside.write_bytes(dump_json(self.progress | {"time": self.now()}))
+        os.replace(beside, self.folder / PROGRESS)
+
+    @contextlib.contextmanager
+    def heartbeat(self, every_seconds: float = HEARTBEAT_SECONDS) -> Iterator[None]:
+        """Rewrite the progress file in the background while a stage has nothing to report.
+
+        A leg that loads a model for minutes must not look lost to other machines.
+        """
+        over = threading.Event()
+
+        def beat() -> None:
+            while not over.wait(every_seconds):
+                self.report()
+
+        thread = threading.Thread(target=beat, name="heartbeat", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            over.set()
+            thread.join()
 
     def amend(self, **changes: Any) -> None:
         """Note something in the leg's record; it is written when the leg ends."""
@@ -133,6 +168,16 @@ class Stage:
     name: str
     run: Callable[[Leg], Outcome]
     all_peers: bool = True
+
+
+def read_progress(folder: Path) -> dict[str, Any]:
+    """What the newest leg of a task last reported; empty where nothing readable is."""
+    try:
+        progress = json.loads((folder / PROGRESS).read_bytes())
+    except (FileNotFoundError, ValueError):
+        # Written without fsync, so a power cut may leave half of it: nothing depends on it.
+        return {}
+    return progress if isinstance(progress, dict) else {}
 
 
 def _word(value: object) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 from baton.legs import Legs, this_runner, utc_now
 from baton.record import LegRecord, Plan
 from baton.runner import CANCELLED, done_marker, task_store
+from baton.stage import read_progress
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,10 +35,10 @@ class TaskStatus:
 def status_of(root: Path, plan: Plan, stages: Sequence[str], task: str) -> TaskStatus:
     """Join markers, leg records and the last progress report of a task."""
     store = task_store(root, plan, task)
-    legs = Legs(store, task, utc_now)
+    legs = Legs(store, f"{plan.experiment}/{task}", utc_now)
     history = legs.history()
     newest = history[-1] if history else None
-    progress = legs.progress()
+    progress = read_progress(store.root)
     done = [stage for stage in stages if store.path(done_marker(stage)).exists()]
     state, reason = _state(legs, newest, is_done=len(done) == len(stages))
     if state != "finished" and store.path(CANCELLED).exists() and state != "running":

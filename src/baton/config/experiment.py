@@ -59,10 +59,26 @@ class Experiment:
             for (axis, _), option in zip(axes, combination, strict=True):
                 labels[axis.rpartition(".")[2]] = option.label
                 for key, value in option.settings.items():
-                    set_key(data, key, value)
+                    self._apply(data, key, value, f"{option.place}.{option.label}")
                     lines[tuple(key.split("."))] = option.line
             name = "_".join(labels.values()) or self.name.rpartition("/")[2]
             yield Point(name, labels, Document(self.document.path, data, lines))
+
+    def _apply(self, data: dict[str, Any], key: str, value: Any, where: str) -> None:
+        if isinstance(value, dict) and isinstance(data.get(key), dict):
+            inner = next(iter(value), "…")
+            raise ConfigError(
+                f"{where}: would replace all of {key}; write one dotted setting each, such as"
+                f" {key}.{inner}"
+            )
+        if not all(key.split(".")):
+            raise ConfigError(f"{where}: {key!r} is not a key; write it as in train.batch_samples")
+        try:
+            set_key(data, key, value)
+        except ConfigError:
+            raise ConfigError(
+                f"{where}: {key!r} leads through something that is not a mapping"
+            ) from None
 
     def _base(self) -> dict[str, Any]:
         return {k: v for k, v in self.document.data.items() if k not in OWN_KEYS}
@@ -85,17 +101,19 @@ class Experiment:
                 f"{where}: expected a list of values or a mapping of labels, got {values!r}"
             )
         options = []
+        labelled = isinstance(values, dict)
         pairs = values.items() if isinstance(values, dict) else ((str(v), v) for v in values)
         for number, (label, value) in enumerate(pairs):
             if not _TASK_NAME.fullmatch(label):
+                advice = "choose another label" if labelled else "write `label: value` instead"
                 raise ConfigError(
                     f"{where}: {label!r} cannot be part of a task name (letters, digits, . _ -);"
-                    " write `label: value` instead"
+                    f" {advice}"
                 )
             several = isinstance(value, dict) and "." not in axis
             settings = dict(value) if several else {axis: value}
-            step = label if isinstance(values, dict) else number
-            options.append(_Option(label, settings, self.document.line(("matrix", axis, step))))
+            path = ("matrix", axis, label if labelled else number)
+            options.append(_Option(label, settings, where, self.document.line(path)))
         if len({option.label for option in options}) < len(options):
             raise ConfigError(f"{where}: a label occurs twice")
         return options
@@ -105,6 +123,7 @@ class Experiment:
 class _Option:
     label: str
     settings: dict[str, Any]
+    place: str
     line: int
 
 

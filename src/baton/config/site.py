@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Annotated, Literal
 
 from baton.config.decode import at_least, decode
 from baton.config.experiment import available, nearest
+from baton.config.home import launch_folder
 from baton.config.yaml import load_yaml
 from baton.errors import ConfigError
 
@@ -39,8 +39,9 @@ class LocalSite:
 Site = LocalSite
 
 
-def load_site(name: str, folder: Path) -> Site:
+def load_site(name: str) -> Site:
     """The site called `name` in the folder `launch`. Raises `ConfigError`."""
+    folder = launch_folder()
     path = folder / f"{name}.yaml"
     if not path.exists():
         raise ConfigError(f"no site {name!r} in {folder}; {nearest(name, available(folder))}")

@@ -53,8 +53,11 @@ class DataConfig:
                 f"columns must map question and answer to columns of the file, got"
                 f" {sorted(self.columns)}"
             )
-        if abs(sum(self.shares) - 1) > 1e-9 or any(not 0 <= s <= 1 for s in self.shares):
-            raise ValueError(f"shares must be three parts of 1, got {list(self.shares)}")
+        if abs(sum(self.shares) - 1) > 1e-9 or min(self.shares) <= 0:
+            raise ValueError(
+                f"shares must be three positive parts of 1 (train, dev, test), got"
+                f" {list(self.shares)}"
+            )
 
     @property
     def pin_key(self) -> str:

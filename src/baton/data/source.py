@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from baton.config.home import find_file
 from baton.data.config import DataConfig
 from baton.data.readers import Reject, Row, Source, describe
 from baton.errors import DataError
@@ -43,7 +44,7 @@ def open_source(config: DataConfig, *, pinned: str = "") -> RowSource:
         DataError: a file or column is missing, cannot be decoded, or the Hub is out of reach.
     """
     if config.path is not None:
-        paths = [Path(config.path)]
+        paths = [find_file(config.path)]
     else:
         paths = [_fetch(config, name, pinned) for name in config.files] or [_export(config, pinned)]
     return RowSource(

@@ -60,7 +60,7 @@ def split(
         raise DataError(
             f"the training subset asks for {train_rows:,} rows, but there are {left:,}: "
             f"{n_rows:,} usable rows{read}, less {dev:,} for dev and {test:,} for test; "
-            f"set train_rows to at most {left:,}, or bring at least "
+            f"ask for at most {left:,}, or bring at least "
             f"{_needed(train_rows, shares):,} usable rows"
         )
     order = np.random.Generator(np.random.PCG64(seed)).permutation(n_rows)

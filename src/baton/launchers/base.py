@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,7 +25,11 @@ class Drill:
         """Read `TASK=SIGNAL@STEP`, e.g. `lora_20k=TERM@5`. Raises `ConfigError`."""
         task, _, rest = text.partition("=")
         signal, _, step = rest.partition("@")
-        if not task or signal not in ("TERM", "KILL", "USR1", "USR2", "INT") or not step.isdigit():
+        if (
+            not task
+            or signal not in ("TERM", "KILL", "USR1", "USR2", "INT")
+            or not re.fullmatch("[0-9]+", step)
+        ):
             raise ConfigError(
                 f"--drill {text}: expected TASK=SIGNAL@STEP with TERM, KILL, USR1, USR2 or INT,"
                 " e.g. lora_20k=TERM@5"

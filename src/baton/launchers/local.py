@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import signal
@@ -10,21 +9,18 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TextIO
-
-import psutil
+from typing import TextIO
 
 from baton.config.site import LocalSite
 from baton.errors import ConfigError, ExitStatus
 from baton.handover import StopSignal
 from baton.launchers.base import Drill, Request, View
-from baton.legs import utc_now
-from baton.record import LegRecord, dump_json
+from baton.legs import Legs, this_runner, utc_now
+from baton.record import dump_json
 from baton.runner import CANCELLED, task_store
-from baton.stage import PROGRESS
+from baton.stage import read_progress
 from baton.store.local import LocalStore
 
 _POLL_SECONDS = 0.05
@@ -83,7 +79,12 @@ class LocalLauncher:
             task_store(request.store_root, request.plan, task).delete(CANCELLED)
         while waiting or running:
             while waiting and len(running) < self._slots() and not self.stop.is_set:
-                running.append(self._start(request, waiting.popleft(), running, view))
+                task = waiting.popleft()
+                if task_store(request.store_root, request.plan, task).path(CANCELLED).exists():
+                    view.event(task, "cancelled before it started")
+                    ended[task] = ExitStatus.STOP
+                else:
+                    running.append(self._start(request, task, running, view))
             if self.stop.is_set and not running:
                 break
             for leg in list(running):
@@ -102,15 +103,21 @@ class LocalLauncher:
         return ended | dict.fromkeys(waiting, ExitStatus.HANDED_OVER)
 
     def cancel(self, request: Request, view: View) -> None:
+        """Mark the tasks, so that no launcher starts them, and stop legs on this machine."""
+        here = this_runner()
         for task in request.tasks:
             store = task_store(request.store_root, request.plan, task)
             store.write(CANCELLED, dump_json({"time": utc_now()}))
-            leg = newest_leg(store)
-            if leg is None or leg.state != "active" or not psutil.pid_exists(leg.runner.pid):
-                view.event(task, "was not running; it will not be started again")
-                continue
-            os.kill(leg.runner.pid, signal.SIGTERM)
-            view.event(task, f"leg {leg.number} was asked to stop; its work is saved")
+            legs = Legs(store, task, utc_now)
+            newest = legs.newest()
+            if newest is None or newest.state != "active" or not legs.is_alive(newest, here):
+                view.event(task, "was not running; it will not be started")
+            elif not newest.runner.is_visible_from(here):
+                # The number of a process on another machine means nothing here.
+                view.event(task, f"runs on {newest.runner.host}; stop it there")
+            else:
+                os.kill(newest.runner.pid, signal.SIGTERM)
+                view.event(task, f"leg {newest.number} was asked to stop; its work is saved")
 
     def _slots(self) -> int:
         if self.max_parallel is not None:
@@ -173,7 +180,7 @@ class LocalLauncher:
         if self.stop.is_set and not leg.signalled:
             leg.signalled = True
             leg.send(signal.SIGTERM)
-        progress = read_progress(task_store(request.store_root, request.plan, leg.task))
+        progress = read_progress(task_store(request.store_root, request.plan, leg.task).root)
         if progress.get("time", "") != leg.reported:
             leg.reported = progress.get("time", "")
             view.progress(leg.task, progress)
@@ -189,7 +196,7 @@ class LocalLauncher:
     ) -> ExitStatus | None:
         """How a task ended, or None if it is to be started again."""
         store = task_store(request.store_root, request.plan, leg.task)
-        record = newest_leg(store)
+        record = Legs(store, leg.task, utc_now).newest()
         reason = f": {record.reason}" if record and record.reason else ""
         if status == ExitStatus.FINISHED:
             view.event(leg.task, "finished")
@@ -223,21 +230,6 @@ def _last_words(store: LocalStore, reason: str) -> str:
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
     said = [line for line in lines if line.startswith("error: ")]
     return f": {said[-1].removeprefix('error: ')}" if said else reason
-
-
-def newest_leg(store: LocalStore) -> LegRecord | None:
-    """The record of a task's newest leg."""
-    names = sorted(name for name in store.names("legs") if name.endswith(".json"))
-    return LegRecord.from_json(store.read(names[-1]), where=names[-1]) if names else None
-
-
-def read_progress(store: LocalStore) -> Mapping[str, Any]:
-    """What a task's leg last reported; empty before it did."""
-    try:
-        progress: dict[str, Any] = json.loads((store.root / PROGRESS).read_bytes())
-    except FileNotFoundError:
-        return {}
-    return progress
 
 
 def visible_gpus() -> list[int]:

@@ -6,6 +6,7 @@ import contextlib
 import errno
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from baton.store.base import check_name
 
 # Unfinished writes live here, on the same file system as what they will become.
 INCOMING = ".incoming"
+_STALE_SECONDS = 3600.0
 
 
 class LocalStore:
@@ -87,16 +89,20 @@ class LocalStore:
             folder = folder.parent
 
     def sweep(self) -> None:
-        """Remove unfinished writes that killed processes left; only the owner may call this."""
+        """Remove unfinished writes that killed processes left an hour ago or earlier.
+
+        By age, because in containers every process has the same number.
+        """
         for path in self.root.glob(f"{INCOMING}/*"):
-            if not path.name.startswith(f"{os.getpid()}-"):
-                path.unlink(missing_ok=True)
+            with contextlib.suppress(FileNotFoundError):
+                if time.time() - path.stat().st_ctime > _STALE_SECONDS:
+                    path.unlink()
 
     @contextlib.contextmanager
     def _incoming(self) -> Iterator[Path]:
         folder = self.root / INCOMING
         folder.mkdir(parents=True, exist_ok=True)
-        beside = folder / f"{os.getpid()}-{os.urandom(6).hex()}"
+        beside = folder / os.urandom(8).hex()
         try:
             yield beside
         finally:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -71,9 +72,10 @@ class AdapterWeights:
         target = folder / FOLDER
         target.mkdir(parents=True, exist_ok=True)
         config = self.model.peft_config["default"]
-        was, config.inference_mode = config.inference_mode, True
-        config.save_pretrained(str(target))
-        config.inference_mode = was
+        # PEFT keeps the targets as a set, which each process would write in another order.
+        tidy = copy.copy(config)
+        tidy.inference_mode, tidy.target_modules = True, sorted(config.target_modules)
+        tidy.save_pretrained(str(target))
         save_file({k: v.contiguous() for k, v in self._weights().items()}, target / WEIGHTS)
 
     def load(self, folder: Path) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import AttentionInterface
+from transformers import AttentionInterface, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface
 
 from baton.errors import ModelError
@@ -89,6 +89,58 @@ def packed_attention(
         )
     out = torch.cat(pieces, dim=2)
     return out.transpose(1, 2).contiguous(), None
+
+
+def check_separation(network: PreTrainedModel) -> None:
+    """Refuse a model in which a token sees a later one, or another sample of its pack.
+
+    Some architectures do not go through transformers' attention interface, or carry state
+    from token to token: packed, they would train on a wrong loss without a word. Which ones
+    do is found by trying: a token of another sample is changed, and one that comes later.
+
+    Raises:
+        ModelError: a change was seen where it must not be, or the model cannot be packed.
+    """
+    length, name = 6, type(network).__name__
+    ids = torch.arange(1, 2 * length + 1, device=network.device)
+    positions = torch.arange(length, device=network.device).repeat(2)
+
+    def hidden(tokens: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            output = network.base_model(
+                input_ids=tokens[None],
+                position_ids=positions[None],
+                use_cache=False,
+                packed_lengths=(length, length),
+            )
+        return output.last_hidden_state[0].float()
+
+    other_sample, later = ids.clone(), ids.clone()
+    other_sample[0] += 1
+    later[-1] += 1
+    was_training = network.training
+    network.eval()
+    try:
+        plain = hidden(ids)
+        pairs = (
+            (plain[length:], hidden(other_sample)[length:]),
+            (plain[:-1], hidden(later)[:-1]),
+        )
+    except (KeyError, AttributeError, TypeError) as error:
+        raise ModelError(
+            f"{name} cannot be trained packed: it does not use transformers' attention interface"
+            " (Qwen, Llama, Mistral, Gemma 3, Phi, OLMo and most current models do)"
+        ) from error
+    finally:
+        network.train(was_training)
+    scale = float(plain.abs().max())
+    chunked = getattr(network.config.get_text_config(), "attention_chunk_size", None)
+    if chunked or any(float((a - b).abs().max()) > 1e-3 * scale for a, b in pairs):
+        raise ModelError(
+            f"{name} mixes the samples of a pack, so its loss would be wrong: its layers do not"
+            " use transformers' attention interface or carry state across tokens; choose"
+            " another model (Qwen, Llama, Mistral, Gemma 3, Phi, OLMo and most current ones)"
+        )
 
 
 def _varlen(

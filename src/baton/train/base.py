@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import warnings
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -14,15 +13,17 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
-from transformers.utils import logging as transformers_logging
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from baton.config.experiment import nearest
 from baton.errors import ModelError
 from baton.pins import unreachable
-from baton.train import attention, quantize
+from baton.train import attention
 from baton.train.config import AdapterConfig, HubModel, ModelConfig, RandomModel
 
 # ChatML, as Qwen's models use it: what a random model's tokenizer speaks.
@@ -73,6 +74,17 @@ def load_tokenizer(
         raise ModelError(_cannot_load(model, place, error)) from error
 
 
+def context_length(model: ModelConfig, *, base_folder: Path, revision: str = "") -> int | None:
+    """The most tokens the model has positions for; None where its config sets no limit."""
+    place, options = locate(model, base_folder=base_folder, revision=revision)
+    try:
+        config = AutoConfig.from_pretrained(place, **options)
+    except (OSError, ValueError) as error:
+        raise ModelError(_cannot_load(model, place, error)) from error
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return int(limit) if limit else None
+
+
 def load_model(
     model: ModelConfig,
     adapter: AdapterConfig,
@@ -92,7 +104,6 @@ def load_model(
         ModelError: it cannot be found or loaded.
     """
     attention.register()
-    _quiet_libraries()
     place, options = locate(model, base_folder=base_folder, revision=revision)
     options |= {
         "dtype": torch.float32 if adapter.method == "full" else compute_dtype,
@@ -102,25 +113,25 @@ def load_model(
         "use_safetensors": True,
     }
     if adapter.method == "qlora":
+        from baton.train import quantize
+
         options["quantization_config"] = quantize.nf4(compute_dtype)
     try:
         loaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(place, **options)
     except (OSError, ValueError) as error:
         raise ModelError(_cannot_load(model, place, error)) from error
+    if adapter.method == "qlora":
+        quantize.keep_trainable(loaded)
     loaded.requires_grad_(adapter.method == "full")
+    if packed:
+        attention.check_separation(loaded)
     return loaded
-
-
-def _quiet_libraries() -> None:
-    """No progress bars per weight in a log, and none of the libraries' notes to each other."""
-    transformers_logging.disable_progress_bar()
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
 
 
 def _cannot_load(model: ModelConfig, place: str, error: Exception) -> str:
     if isinstance(model, HubModel) and "connect" in str(error).lower():
         return unreachable(model.name, error)
-    return f"{place} cannot be loaded: {str(error).strip().splitlines()[0]}"
+    return f"{place} cannot be loaded: {_first_line(error)}"
 
 
 def build_random(model: RandomModel, texts: Iterable[str], folder: Path) -> None:
@@ -130,30 +141,48 @@ def build_random(model: RandomModel, texts: Iterable[str], folder: Path) -> None
     which takes seconds for billions of parameters, and are stored in bfloat16.
     """
     tokenizer = train_tokenizer(texts, vocab_size=model.tokenizer_vocab)
-    values = dict(model.config)
-    kind = values.pop("model_type")
-    values.setdefault("vocab_size", len(tokenizer))
-    try:
-        config = AutoConfig.for_model(
-            kind,
-            **values,
-            bos_token_id=None,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-    except (ValueError, KeyError) as error:
-        raise ModelError(f"model.config: {error}") from error
     on_gpu = torch.cuda.is_available() and os.environ.get("BATON_DEVICE") != "cpu"
-    _quiet_libraries()
     torch.manual_seed(model.seed)
-    with torch.device("cuda" if on_gpu else "cpu"):
-        network = AutoModelForCausalLM.from_config(
-            config, dtype=torch.bfloat16 if on_gpu else torch.float32
-        )
+    try:
+        config = _random_config(model, tokenizer)
+        with torch.device("cuda" if on_gpu else "cpu"):
+            network = AutoModelForCausalLM.from_config(
+                config, dtype=torch.bfloat16 if on_gpu else torch.float32
+            )
+    except (ValueError, TypeError, RuntimeError) as error:
+        # Whatever a configuration class or a layer objects to is in the user's config.
+        raise ModelError(f"model.config: {_first_line(error)}") from error
     network.generation_config.eos_token_id = tokenizer.eos_token_id
     network.generation_config.pad_token_id = tokenizer.pad_token_id
     network.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+def _random_config(model: RandomModel, tokenizer: PreTrainedTokenizerFast) -> PreTrainedConfig:
+    values = dict(model.config)
+    kind = values.pop("model_type")
+    causal = {name for name, _ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items()}
+    if kind not in causal:
+        advice = nearest(kind, sorted(causal))
+        raise ModelError(f"model.config.model_type: no causal language model {kind!r}; {advice}")
+    known = AutoConfig.for_model(kind).to_dict().keys()
+    for key in values:
+        # transformers takes any keyword and says nothing.
+        if key not in known:
+            raise ModelError(f"model.config.{key}: unknown key; {nearest(key, sorted(known))}")
+    values.setdefault("vocab_size", len(tokenizer))
+    return AutoConfig.for_model(
+        kind,
+        **values,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0][:300]
 
 
 def train_tokenizer(texts: Iterable[str], *, vocab_size: int) -> PreTrainedTokenizerFast:

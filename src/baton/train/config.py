@@ -50,6 +50,8 @@ class RandomModel:
         if not isinstance(self.config.get("model_type"), str):
             raise ValueError("config.model_type is missing: name one, such as qwen2")
         vocab = self.config.get("vocab_size", self.tokenizer_vocab)
+        if not isinstance(vocab, int):
+            raise ValueError(f"config.vocab_size must be a whole number, got {vocab!r}")
         if vocab < self.tokenizer_vocab:
             raise ValueError(
                 f"config.vocab_size must be at least tokenizer_vocab ({self.tokenizer_vocab}),"

@@ -21,6 +21,8 @@ from baton.train.state import Timing, TrainState, Weights
 
 log = logging.getLogger(__name__)
 
+_STAGING = ".staging-"
+
 
 @dataclass(kw_only=True)
 class Keeper:
@@ -60,6 +62,8 @@ class Keeper:
         """
         folder = self.leg.folder / f".restored-{self.ranks.rank}"
         if self.leg.is_first:
+            for left_over in self.leg.folder.glob(f"{_STAGING}*"):
+                shutil.rmtree(left_over, ignore_errors=True)
             self.checkpoints.sweep()
             manifest = self.checkpoints.fetch_newest_verified(folder)
             found = self.ranks.broadcast(manifest.step if manifest else None)
@@ -80,7 +84,12 @@ class Keeper:
         self.weights.load(folder)
         saved.load_optimizer(self.optimizer, self.names, folder)
         self.precision.load(state.scaler)
-        state.identity, state.environment = dict(self.identity), dict(self.environment)
+        environment = dict(self.environment)
+        if self.ranks.device.type == "cpu":
+            # On a CPU the number of threads decides in which order sums are taken.
+            environment["threads"] = state.environment.get("threads", environment["threads"])
+            torch.set_num_threads(int(environment["threads"]))
+        state.identity, state.environment = dict(self.identity), environment
         return state, timing
 
     def _compare(self, state: TrainState) -> None:
@@ -93,6 +102,8 @@ class Keeper:
                 + ["the result would be another; to go on all the same: --allow-changed KEY"]
             )
         moved = saved.differences(state.environment, self.environment)
+        if self.ranks.device.type == "cpu":
+            moved.pop("threads", None)
         for key, value in (changed | moved).items():
             log.warning("changed since step %d: %s: %s", state.step, key, value)
 
@@ -118,7 +129,8 @@ class Keeper:
 
     def _write(self, state: TrainState, timing: Timing) -> None:
         state.scaler = self.precision.state()
-        staging = self.leg.folder / ".staging"
+        # A folder of this leg's own: an older leg that wakes up must not mix its files in.
+        staging = self.leg.folder / f"{_STAGING}{self.leg.record.number:03d}"
         shutil.rmtree(staging, ignore_errors=True)
         staging.mkdir(parents=True)
         self.weights.save(staging)

@@ -126,14 +126,15 @@ class Loop:
                 return Outcome.HANDED_OVER
             if state.step % self.config.log_every_steps == 0 or state.step == self.total:
                 self._log()
-            evaluated = False
-            if self._is_evaluation_due():
-                state.dev_pending = True
-                evaluated = not stop and self._evaluate()
-                stop = stop or not evaluated
-            if stop or evaluated or self._save_due or state.step == self.last_step:
+            state.dev_pending = self._is_evaluation_due()
+            if stop or state.dev_pending or self._save_due or state.step == self.last_step:
+                # Before the evaluation: then what a checkpoint holds depends on its step
+                # alone, and a kill while evaluating loses nothing.
                 self._save()
             if stop:
+                return Outcome.HANDED_OVER
+            if state.dev_pending and not self._evaluate():
+                self._save()  # durable already; this notes how long after the signal
                 return Outcome.HANDED_OVER
         return Outcome.FINISHED
 
@@ -253,7 +254,7 @@ class Loop:
             loss = self._dev_loss()
         if loss is None:
             return False
-        self.state.dev_history.append([self.state.step, loss])
+        self.state.dev_history.append([float(self.state.step), loss])
         self.state.dev_pending = False
         self.journal.evaluated(self.state, loss)
         return True

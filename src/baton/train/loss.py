@@ -119,7 +119,9 @@ class _LinearCrossEntropy(torch.autograd.Function):  # type: ignore[misc]
                 if grad_h is not None:
                     grad_h[span] = (grad @ w).float() / scale
                 if grad_w is not None:
-                    grad_w += (grad.T @ h[span]).float() / scale
+                    # A sum over a chunk of scaled values leaves fp16's range.
+                    wide = torch.float32 if dtype == torch.float16 else dtype
+                    grad_w += (grad.T.to(wide) @ h[span].to(wide)).float() / scale
         ctx.save_for_backward(grad_h, grad_w)
         ctx.dtypes = hidden.dtype, weight.dtype
         return total

@@ -11,16 +11,17 @@ from typing import Any
 
 import numpy as np
 
-from baton.data.quality import Cleaner, RejectsWriter
+from baton.data.quality import Cleaner, QualityReport, RejectsWriter
 from baton.data.readers import Reject, Row
 from baton.data.source import open_source
 from baton.data.split import Split, count_leaks, split
 from baton.data.tokenise import ChatEncoder, TokenWriter, write_turns
+from baton.errors import DataError
 from baton.pipelines.medical_qa.config import MedicalQA
 from baton.record import dump_json
 from baton.stage import Leg, Outcome
 from baton.store.checkpoint import sha256_of
-from baton.train.base import build_random, load_tokenizer
+from baton.train.base import build_random, context_length, load_tokenizer
 from baton.train.config import RandomModel, pin_key
 
 FOLDER = "data"
@@ -53,13 +54,7 @@ def prepare(leg: Leg) -> Outcome:
         quality = cleaner.report(encoding=source.encoding, columns=source.columns)
         for line in quality.lines():
             leg.log("data", note=line)
-        parts = split(
-            len(kept),
-            seed=config.data.seed,
-            shares=config.data.shares,
-            train_rows=config.data.rows,
-            n_read=quality.read,
-        )
+        parts = _split(len(kept), config, quality)
         train, dev, test = ([kept[i] for i in part] for part in _capped(parts, config))
         if isinstance(config.model, RandomModel):
             texts = (text for row in train for text in (row.question, row.answer))
@@ -69,6 +64,7 @@ def prepare(leg: Leg) -> Outcome:
             base_folder=leg.folder / BASE,
             revision=leg.plan.pins.get(pin_key(config.model), ""),
         )
+        _require_context(leg, config)
         encoder = ChatEncoder(
             tokenizer, system=config.data.system, max_length=config.data.max_length
         )
@@ -76,6 +72,12 @@ def prepare(leg: Leg) -> Outcome:
             name: _tokenise(name, rows, encoder, folder, len(tokenizer), rejects)
             for name, rows in (("train", train), ("dev", dev))
         }
+    for name, counts in tokens.items():
+        if not counts["samples"]:
+            raise DataError(
+                f"all {counts['prompts_too_long']:,} {name} rows were dropped: the prompt alone"
+                f" fills data.max_length ({config.data.max_length}); raise it"
+            )
     _write_test(folder / "test.jsonl", test)
     report = {
         "notice": leg.notice,
@@ -124,6 +126,34 @@ def _pool(rows: Iterable[Row], config: MedicalQA) -> Iterator[QARow]:
         elif (place := int(rng.integers(seen + 1))) < limit:
             pool[place] = kept
     yield from pool
+
+
+def _split(kept: int, config: MedicalQA, quality: QualityReport) -> Split:
+    try:
+        return split(
+            kept,
+            seed=config.data.seed,
+            shares=config.data.shares,
+            train_rows=config.data.rows,
+            n_read=quality.read,
+        )
+    except DataError as error:
+        dropped = ", ".join(f"{count:,} {reason}" for reason, count in quality.dropped.items())
+        why = f" (dropped: {dropped}; see {FOLDER}/rejects.jsonl)" if dropped else ""
+        raise DataError(f"data.rows: {error}{why}") from error
+
+
+def _require_context(leg: Leg, config: MedicalQA) -> None:
+    limit = context_length(
+        config.model,
+        base_folder=leg.folder / BASE,
+        revision=leg.plan.pins.get(pin_key(config.model), ""),
+    )
+    if limit is not None and config.data.max_length > limit:
+        raise DataError(
+            f"data.max_length: {config.data.max_length} is more than the model's context of"
+            f" {limit} tokens"
+        )
 
 
 def _capped(parts: Split, config: MedicalQA) -> tuple[Any, Any, Any]:
