@@ -223,11 +223,9 @@ def status(
     if as_json:
         click.echo(json.dumps([s.to_json() for s in found], indent=2))
         return
-    from rich.console import Console
+    from baton.console import print_table, status_table
 
-    from baton.console import status_table
-
-    Console(width=None if sys.stdout.isatty() else 140).print(status_table(frozen, found))
+    print_table(status_table(frozen, found))
 
 
 @cli.command()
@@ -309,11 +307,17 @@ def collect(
     target = out or Path("results") / frozen.experiment
     collected = gather(place, frozen, target, states=states)
     if as_json:
-        click.echo(json.dumps(collected.to_json(), indent=2, ensure_ascii=False))
+        click.echo(collected.to_json().decode(), nl=False)
         return
-    click.echo(collected.table())
+    from baton.console import print_table, results_table
+
+    if collected.notice:
+        click.echo(collected.notice)
+    print_table(results_table(collected.rows))
     for task, reason in collected.missing.items():
         click.echo(f"missing: {task}: {reason}")
+    for name, reason in collected.not_drawn.items():
+        click.echo(f"not drawn: {name}: {reason}")
     for path in collected.files:
         click.echo(f"wrote {path}")
 

@@ -111,6 +111,11 @@ def duration(seconds: float | None) -> str:
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
+def print_table(table: Table) -> None:
+    """Print a table as wide as the terminal, or wide enough for a log."""
+    Console(width=None if sys.stdout.isatty() else 160).print(table)
+
+
 def status_table(plan: Plan, statuses: Sequence[TaskStatus]) -> Table:
     """The table of `baton status`."""
     table = Table(title=f"{plan.experiment}/{plan.digest}", title_justify="left")
@@ -134,6 +139,41 @@ def status_table(plan: Plan, statuses: Sequence[TaskStatus]) -> Table:
         cells = (s.task, s.state, str(s.legs), s.stage, step, speed, duration(s.eta_seconds))
         table.add_row(*map(escape, (*cells, durable, s.reason)))
     return table
+
+
+# Up to so many tasks stand side by side, every score a line; more stand below each other.
+_SIDE_BY_SIDE = 8
+_COSTS = ("dev_loss", "train_seconds", "train_tokens_per_s", "train_peak_gpu_memory_gib", "legs")
+
+
+def results_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """The rows of `results_summary.csv`, as far as a terminal can show them."""
+    scores = [name for name in rows[0] if f"{name}_low" in rows[0]]
+    costs = [name for name in _COSTS if name in rows[0]]
+    table = Table()
+    if len(rows) <= _SIDE_BY_SIDE:
+        table.add_column("")
+        for row in rows:
+            table.add_column(escape(str(row["task"])), justify="right")
+        for name in ("state", *scores, *costs):
+            if any(row.get(name) is not None for row in rows):
+                table.add_row(name, *(_cell(row, name) for row in rows))
+        return table
+    columns = ("task", "state", *scores[:3], *costs[:2])
+    for name in columns:
+        table.add_column(name, justify="left" if name in ("task", "state") else "right")
+    for row in rows:
+        table.add_row(*(_cell(row, name) for name in columns))
+    return table
+
+
+def _cell(row: Mapping[str, Any], name: str) -> str:
+    value = row.get(name)
+    if value is None:
+        return ""
+    if not isinstance(value, float):
+        return escape(str(value))
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
 def _clock() -> str:

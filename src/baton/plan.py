@@ -20,6 +20,7 @@ from baton.errors import ConfigError
 from baton.pins import look_up, pins_of
 from baton.pipelines import PIPELINES, Pipeline
 from baton.record import Plan, TaskPlan, replace
+from baton.train.config import RANDOM_NOTICE
 
 # Files up to this size are hashed whole; of larger ones, evenly spaced pieces.
 _WHOLE_BYTES = 64 * 2**20
@@ -102,6 +103,7 @@ def build_plan(experiment: Experiment, *, created: str) -> Plan:
     }
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:8]
     return Plan(
+        notice=_notice(tasks),
         experiment=experiment.name,
         pipeline=pipeline.name,
         digest=digest,
@@ -164,6 +166,12 @@ def fingerprint(path: str, where: str = "") -> str:
     except IsADirectoryError:
         raise ConfigError(f"{place}: {path} is a folder; name a file") from None
     return digest.hexdigest()[:16]
+
+
+def _notice(tasks: Sequence[TaskPlan]) -> str:
+    """What every record of the plan says first; nothing where only some tasks need it."""
+    sources = {str(task.config.get("model", {}).get("source")) for task in tasks}
+    return RANDOM_NOTICE if sources == {"random"} else ""
 
 
 def _local_files(tasks: Sequence[TaskPlan]) -> list[str]:

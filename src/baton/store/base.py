@@ -14,14 +14,19 @@ from baton.errors import ConfigError, StoreError
 _PART = re.compile(r"[^\x00-\x1f\x7f\\/:]{1,200}")
 
 
+def is_name(name: str) -> bool:
+    """Is this a plain relative path? Names come from stores, so trust none."""
+    parts = name.split("/")
+    return all(part not in (".", "..") and _PART.fullmatch(part) for part in parts)
+
+
 def check_name(name: str) -> str:
-    """Return `name` if it is a plain relative path; names come from stores, so trust none.
+    """Return `name` if it is one.
 
     Raises:
         StoreError: the name is absolute, leaves its folder, or has a character no store takes.
     """
-    parts = name.split("/")
-    if any(part in ("", ".", "..") or not _PART.fullmatch(part) for part in parts):
+    if not is_name(name):
         raise StoreError(f"{name!r} is not a name inside a store: use plain relative paths")
     return name
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from baton.errors import DamagedError, FencedError, NameMissing, NameTaken
 from baton.record import FileEntry, Manifest, dump_json
-from baton.store.base import Store, check_name
+from baton.store.base import Store, check_name, is_name
 
 log = logging.getLogger(__name__)
 
@@ -90,9 +90,15 @@ class Checkpoints:
         """The manifest of a complete checkpoint. Raises `DamagedError` if it cannot be read."""
         name = self.name(step, MANIFEST)
         try:
-            return Manifest.from_json(self.store.read(name), where=name)
+            manifest = Manifest.from_json(self.store.read(name), where=name)
         except NameMissing as error:
             raise DamagedError(f"step-{step:06d}: the manifest is gone") from error
+        if manifest.step != step:
+            raise DamagedError(f"step-{step:06d}: its manifest is of step {manifest.step}")
+        for entry in manifest.files:
+            if not is_name(entry.name):
+                raise DamagedError(f"step-{step:06d}: {entry.name!r} is no name inside a store")
+        return manifest
 
     def fetch(self, step: int, target: Path) -> Manifest:
         """Copy a checkpoint to the folder `target` and verify every byte of it.
@@ -103,7 +109,6 @@ class Checkpoints:
         manifest = self.manifest(step)
         shutil.rmtree(target, ignore_errors=True)
         for entry in manifest.files:
-            check_name(entry.name)
             try:
                 self.store.download(self.name(step, entry.name), target / entry.name)
             except NameMissing:

@@ -59,7 +59,9 @@ def locate(model: ModelConfig, *, base_folder: Path, revision: str) -> tuple[str
             raise ModelError(
                 "`source: modelscope` needs the modelscope package: pip install modelscope"
             ) from error
-        return str(snapshot_download(model.name, revision=model.revision)), trust
+        # ModelScope's own default branch is not called main.
+        revision = None if model.revision == "main" else model.revision
+        return str(snapshot_download(model.name, revision=revision)), trust
     return model.name, {"revision": revision or model.revision, **trust}
 
 

@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from baton.errors import ConfigError
+
 FILE = "metrics.jsonl"
 
 
@@ -43,8 +45,12 @@ class Metrics:
         # purge_step hides the events of steps that this leg does again.
         self._board = SummaryWriter(str(self.path.parent / "tensorboard"), purge_step=step + 1)
         if self._wandb_project:
-            import wandb
-
+            try:
+                import wandb
+            except ImportError as error:
+                raise ConfigError(
+                    "train.wandb_project needs the wandb package: pip install 'baton-jobs[wandb]'"
+                ) from error
             self._wandb = wandb.init(
                 project=self._wandb_project, name=self._run_name, id=self._run_name, resume="allow"
             )

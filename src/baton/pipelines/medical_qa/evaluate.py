@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,7 @@ def evaluate(leg: Leg) -> Outcome:
         return Outcome.HANDED_OVER
     if leg.is_first:
         _score(leg, ranks, rows, len(shards), best)
+    shutil.rmtree(_best_folder(leg, ranks))
     return Outcome.FINISHED
 
 
@@ -88,7 +90,7 @@ def _fetch_best(leg: Leg, ranks: Ranks) -> int:
     steps = sorted(checkpoints.steps(), key=lambda s: (dev_loss.get(s, float("inf")), -s))
     for step in steps:
         try:
-            checkpoints.fetch(step, leg.folder / f".best-{ranks.rank}")
+            checkpoints.fetch(step, _best_folder(leg, ranks))
             return step
         except DamagedError as error:
             log.warning("%s; the next best checkpoint is evaluated instead", error)
@@ -98,12 +100,16 @@ def _fetch_best(leg: Leg, ranks: Ranks) -> int:
     )
 
 
+def _best_folder(leg: Leg, ranks: Ranks) -> Path:
+    return leg.folder / f".best-{ranks.rank}"
+
+
 def _answer(
     leg: Leg, ranks: Ranks, shards: list[list[data.QARow]], mine: list[int], *, total: int
 ) -> None:
     config: MedicalQA = leg.config
     learner = training.learner_for(leg, ranks.device, packed=False)
-    learner.weights.load(leg.folder / f".best-{ranks.rank}")
+    learner.weights.load(_best_folder(leg, ranks))
     learner.model.eval()
     tokenizer = load_tokenizer(
         config.model,
@@ -206,7 +212,7 @@ def _write_predictions(
 
 
 def _adapter_bytes(leg: Leg, ranks: Ranks) -> int | None:
-    folder = leg.folder / f".best-{ranks.rank}" / "adapter"
+    folder = _best_folder(leg, ranks) / "adapter"
     if not folder.exists():
         return None
     return sum(path.stat().st_size for path in folder.iterdir())
