@@ -60,8 +60,8 @@ def locate(model: ModelConfig, *, base_folder: Path, revision: str) -> tuple[str
                 "`source: modelscope` needs the modelscope package: pip install modelscope"
             ) from error
         # ModelScope's own default branch is not called main.
-        revision = None if model.revision == "main" else model.revision
-        return str(snapshot_download(model.name, revision=revision)), trust
+        branch = None if model.revision == "main" else model.revision
+        return str(snapshot_download(model.name, revision=branch)), trust
     return model.name, {"revision": revision or model.revision, **trust}
 
 
