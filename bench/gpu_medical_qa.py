@@ -40,6 +40,8 @@ def main() -> None:
     parser.add_argument("--batch-samples", type=int, default=16)
     parser.add_argument("--store", type=Path, default=Path("runs/bench"))
     parser.add_argument("--set", action="append", default=[], help="passed on to baton submit")
+    parser.add_argument("--site", default="local", help="a file in launch/, e.g. for two GPUs")
+    parser.add_argument("--verify", action="store_true", help="run baton verify-resume as well")
     args = parser.parse_args()
 
     model = {"source": "random", "config": QWEN25_3B, "tokenizer_vocab": 16000}
@@ -62,10 +64,17 @@ def main() -> None:
     tasks = [f"lora_{args.rows}", f"qlora_{args.rows}"]
     drills = [word for t in tasks for word in ("--drill", f"{t}=TERM@{args.steps // 2}")]
     started = time.monotonic()
-    submitted = subprocess.run([sys.executable, "-m", "baton", "submit", *common, *drills])
+    submitted = subprocess.run(
+        [sys.executable, "-m", "baton", "submit", *common, "--site", args.site, *drills]
+    )
     wall = time.monotonic() - started
     if submitted.returncode:
         sys.exit(submitted.returncode)
+    if args.verify:
+        for task in tasks:
+            subprocess.run(
+                [sys.executable, "-m", "baton", "verify-resume", f"medical_qa/{task}", *common[1:]]
+            )
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, wall {wall:.0f} s in all")
     print(f"{'task':14} {'steps':>6} {'legs':>5} {'tok/s':>8} {'peak GiB':>9} {'gen tok/s':>10}")
     for path in sorted(args.store.glob("medical_qa/*/tasks/*/eval/eval.json")):

@@ -138,11 +138,11 @@ def submit(
     if dry_run:
         _show_dry_run(frozen, states, where, root)
         return
+    path = _freeze(frozen, root)
     if detach:
         _detach(frozen, root)
         return
     stop = StopSignal().install()
-    path = _freeze(frozen, root)
     click.echo(f"{frozen.experiment}/{frozen.digest}: {len(waiting)} of {len(tasks)} tasks to run")
     for task in at_work:
         click.echo(f"{task}: running already, left alone")
@@ -406,13 +406,13 @@ def _plan_to_run(
     path = Path(plan_or_exp)
     if path.suffix != ".json":
         frozen, _ = _plan(plan_or_exp, settings)
-        root = Path("runs" if store is None else store).absolute()
+        root = _store_root(_site("local"), store)
         path = _freeze(frozen, root)
     elif not path.is_file():
         raise ConfigError(f"there is no plan {path}")
     frozen = _read_plan(path)
     if store is not None:
-        return frozen, Path(store).absolute()
+        return frozen, _store_root(_site("local"), store)
     inside = Path(frozen.experiment, frozen.digest, "plan.json")
     found = path.absolute()
     if found.parts[-len(inside.parts) :] != inside.parts:
@@ -443,7 +443,11 @@ def _store_root(site: Site, store: str | None) -> Path:
 def _stop_signal() -> StopSignal:
     from baton.handover import StopSignal
 
-    grace = float(os.environ.get("BATON_GRACE_SECONDS", "30"))
+    text = os.environ.get("BATON_GRACE_SECONDS", "30")
+    try:
+        grace = float(text)
+    except ValueError:
+        raise ConfigError(f"BATON_GRACE_SECONDS={text}: expected a number of seconds") from None
     return StopSignal(grace_seconds=grace).install()
 
 

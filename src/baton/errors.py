@@ -6,6 +6,7 @@
     │   ├── DataError                the input data cannot be used as the experiment asks
     │   ├── ModelError               a model or tokenizer cannot be found, loaded or used
     │   ├── FencedError              another leg owns this task
+    │   ├── NewerSchemaError         a record was written by a newer baton
     │   └── NoProgressError          three legs in a row left nothing durable behind
     ├── StoreError                   reading or writing a store failed
     │   ├── NameMissing              there is nothing under this name
@@ -62,6 +63,10 @@ class ModelError(StopError):
 
 class FencedError(StopError):
     """Another leg owns this task."""
+
+
+class NewerSchemaError(StopError):
+    """A record was written by a newer baton."""
 
 
 class NoProgressError(StopError):

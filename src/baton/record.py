@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, Self, TypeVar
 
 from baton.config.decode import decode, encode
-from baton.errors import ConfigError, DamagedError
+from baton.errors import ConfigError, DamagedError, NewerSchemaError
 
 SCHEMA = 1
 
@@ -33,14 +33,15 @@ class Record:
 
     @classmethod
     def from_json(cls, data: bytes, *, where: str) -> Self:
-        """Decode a record; `where` is what an error calls it. Raises `DamagedError`."""
+        """Decode a record; `where` is what an error calls it. Raises `DamagedError` or
+        `NewerSchemaError`."""
         try:
             values = json.loads(data)
         except ValueError as error:
             raise DamagedError(f"{where}: not JSON ({error}); it was damaged or cut off") from None
         found = values.get("schema") if isinstance(values, dict) else None
         if isinstance(found, int) and found > SCHEMA:
-            raise DamagedError(
+            raise NewerSchemaError(
                 f"{where}: written by a newer baton (schema {found}, this one knows {SCHEMA});"
                 " upgrade baton to read it"
             )
