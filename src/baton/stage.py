@@ -99,7 +99,9 @@ class Leg:
         return self.peers.rank == 0
 
     def log(self, event: str, **values: object) -> None:
-        """One line for one event, as `key=value`, with task and stage."""
+        """One line for one event, as `key=value`, with task and stage; the first peer's only."""
+        if not self.is_first:
+            return
         words = " ".join(f"{key}={_word(value)}" for key, value in values.items())
         stage = self.record.stage
         logging.getLogger("baton").info(

@@ -87,8 +87,10 @@ class Keeper:
         environment = dict(self.environment)
         if self.ranks.device.type == "cpu":
             # On a CPU the number of threads decides in which order sums are taken.
-            environment["threads"] = state.environment.get("threads", environment["threads"])
-            torch.set_num_threads(int(environment["threads"]))
+            threads = state.environment.get("threads")
+            if threads is not None:
+                environment["threads"] = threads
+                torch.set_num_threads(int(threads))
         state.identity, state.environment = dict(self.identity), environment
         return state, timing
 
