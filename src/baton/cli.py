@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -47,6 +48,13 @@ def main() -> None:
         for line in lines:
             click.echo(f"error: {line}", err=True)
         sys.exit(error.exit_status)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS):
+            raise
+        from baton.store.base import explained
+
+        click.echo(f"error: {explained(error, f'writing {error.filename}')}", err=True)
+        sys.exit(ExitStatus.FAILED)
     except click.ClickException as error:
         error.show()
         sys.exit(error.exit_code)
@@ -163,7 +171,12 @@ def submit(
 @cli.command()
 @click.argument("plan_or_exp", metavar="PLAN")
 @click.option("--task", required=True, help="The task to work on.")
-@click.option("--store", metavar="URL", help="Where bytes live; default: where PLAN lies, or runs.")
+@_SITE
+@click.option(
+    "--store",
+    metavar="URL",
+    help="Where bytes live; default: where PLAN lies, or the site's store.",
+)
 @_SET
 @click.option(
     "--allow-changed",
@@ -174,6 +187,7 @@ def submit(
 def run(
     plan_or_exp: str,
     task: str,
+    site: str,
     store: str | None,
     settings: tuple[str, ...],
     allow_changed: tuple[str, ...],
@@ -188,7 +202,9 @@ def run(
     _log_to_stdout()
     from baton.runner import TaskRunner, submission_id, task_store
 
-    frozen, root = _plan_to_run(plan_or_exp, store, settings)
+    where = _site(site)
+    _limit_threads(where)
+    frozen, root = _plan_to_run(plan_or_exp, where, store, settings)
     runner = TaskRunner(
         plan=frozen,
         task=frozen.task(task),
@@ -331,6 +347,7 @@ def verify_resume(task: str, settings: tuple[str, ...], site: str, store: str | 
     """Train again between a task's last two checkpoints; say whether the bytes are the same."""
     from baton.verify import verify
 
+    _limit_threads(_site(site))
     frozen, tasks, root = _submitted(task, settings, site, store)
     if len(tasks) != 1:
         raise ConfigError(f"verify-resume is about one task; name one of: {', '.join(tasks)}")
@@ -400,19 +417,24 @@ def _freeze(frozen: Plan, root: Path) -> Path:
     return path
 
 
+def _limit_threads(site: Site) -> None:
+    """Compute with as many threads as the site's other legs, before torch is imported."""
+    os.environ.setdefault("OMP_NUM_THREADS", str(site.threads))
+
+
 def _plan_to_run(
-    plan_or_exp: str, store: str | None, settings: tuple[str, ...]
+    plan_or_exp: str, site: Site, store: str | None, settings: tuple[str, ...]
 ) -> tuple[Plan, Path]:
     path = Path(plan_or_exp)
     if path.suffix != ".json":
         frozen, _ = _plan(plan_or_exp, settings)
-        root = _store_root(_site("local"), store)
+        root = _store_root(site, store)
         path = _freeze(frozen, root)
     elif not path.is_file():
         raise ConfigError(f"there is no plan {path}")
     frozen = _read_plan(path)
     if store is not None:
-        return frozen, _store_root(_site("local"), store)
+        return frozen, _store_root(site, store)
     inside = Path(frozen.experiment, frozen.digest, "plan.json")
     found = path.absolute()
     if found.parts[-len(inside.parts) :] != inside.parts:

@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from baton.config.decode import decode
-from baton.errors import BatonError, ExitStatus, FencedError
+from baton.errors import BatonError, ConfigError, ExitStatus, FencedError
 from baton.handover import StopSignal
 from baton.legs import Legs, this_runner, utc_now
 from baton.pipelines import PIPELINES
+from baton.plan import fingerprint
 from baton.record import LegRecord, LegState, Plan, TaskPlan, dump_json, replace
 from baton.stage import Alone, Leg, Outcome, Peers, Stage
 from baton.store.local import LocalStore
@@ -64,6 +65,7 @@ class TaskRunner:
             raise FencedError(
                 f"{self.name} was cancelled; `baton submit {self.name}` takes it up again"
             )
+        self._require_same_inputs()
         with _peers() as peers:
             legs = Legs(self.store, self.name, self.now)
             leg = self._open(legs, config, peers)
@@ -71,8 +73,11 @@ class TaskRunner:
                 with leg.heartbeat():
                     outcome = self._run_stages(leg, pipeline.load_stages())
             except BaseException as error:
-                self._close(legs, leg, "failed", f"{type(error).__name__}: {error}", error)
-                raise
+                raised = self._reason_behind(leg, error)
+                self._close(legs, leg, "failed", f"{type(raised).__name__}: {raised}", raised)
+                if raised is error:
+                    raise
+                raise raised from error
             return self._end(legs, leg, outcome)
 
     def _open(self, legs: Legs, config: Any, peers: Peers) -> Leg:
@@ -112,6 +117,30 @@ class TaskRunner:
             allow_changed=self.allow_changed,
             on_progress=self.on_progress,
         )
+
+    def _reason_behind(self, leg: Leg, error: BaseException) -> BaseException:
+        """A leg that was taken over from finds its files gone: that is the reason, then."""
+        try:
+            leg.check_fence()
+        except FencedError as fenced:
+            return fenced
+        return error
+
+    def _require_same_inputs(self) -> None:
+        """Refuse input files that changed since the plan was frozen and before they were read.
+
+        Raises:
+            ConfigError: names each file.
+        """
+        if "data" in self.allow_changed or self.position()[0]:
+            return
+        path = self.task.config.get("data", {}).get("path")
+        was = self.plan.fingerprints.get(path)
+        if was is not None and fingerprint(path) != was:
+            raise ConfigError(
+                f"data.path: {path} is not the file that was submitted; submit again for a new"
+                " run of the file as it is now, or use --allow-changed data"
+            )
 
     def _run_stages(self, leg: Leg, stages: tuple[Stage, ...]) -> Outcome:
         for stage in stages:

@@ -132,8 +132,12 @@ class Leg:
         self._written = self.clock()
         # A heartbeat need not survive a power cut, so no fsync; but never half a file.
         beside = self.folder / f".{PROGRESS}-{self.record.number:03d}"
-        beside.write_bytes(dump_json(self.progress | {"time": self.now()}))
-        os.replace(beside, self.folder / PROGRESS)
+        try:
+            beside.write_bytes(dump_json(self.progress | {"time": self.now()}))
+            os.replace(beside, self.folder / PROGRESS)
+        except OSError as error:
+            # Nothing depends on a progress report; what does will meet the full disk itself.
+            logging.getLogger("baton").warning("progress was not written: %s", error)
 
     @contextlib.contextmanager
     def heartbeat(self, every_seconds: float = HEARTBEAT_SECONDS) -> Iterator[None]:

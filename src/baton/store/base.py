@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -82,3 +84,15 @@ def open_store(url: str) -> Store:
         if place.exists() and not place.is_dir():
             raise ConfigError(f"store {url!r}: {place} is a file; name a folder")
     return LocalStore(path)
+
+
+def explained(error: OSError, doing: str) -> StoreError:
+    """What the operating system's refusal means for the person whose disk it is."""
+    advice = {
+        errno.ENOSPC: "the disk is full; free some space, what was stored before is intact",
+        errno.EDQUOT: "the quota is used up; free some space, what was stored before is intact",
+        errno.EFBIG: "a file would be larger than `ulimit -f` allows; what was stored is intact",
+        errno.EROFS: "the file system is read-only; choose another place with --store",
+        errno.EACCES: "permission denied; choose another place with --store or mend its owner",
+    }.get(error.errno or 0, os.strerror(error.errno or 0))
+    return StoreError(f"{doing}: {advice}")

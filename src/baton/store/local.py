@@ -10,8 +10,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from baton.errors import NameMissing, NameTaken, StoreError
-from baton.store.base import check_name
+from baton.errors import NameMissing, NameTaken
+from baton.store.base import check_name, explained
 
 # Unfinished writes live here, on the same file system as what they will become.
 INCOMING = ".incoming"
@@ -38,7 +38,7 @@ class LocalStore:
         except FileNotFoundError:
             raise NameMissing(f"{self.root}: nothing is stored under {name}") from None
         except OSError as error:
-            raise _explained(error, f"reading {self.root / name}") from error
+            raise explained(error, f"reading {self.root / name}") from error
 
     def write(self, name: str, data: bytes, *, exclusive: bool = False) -> None:
         target = self.path(name)
@@ -123,7 +123,7 @@ def _link_or_copy(source: Path, beside: Path) -> None:
 
 def _give_name(beside: Path, target: Path, *, exclusive: bool) -> None:
     while True:
-        target.parent.mkdir(parents=True, exist_ok=True)
+        _make_folder(target.parent)
         try:
             if exclusive:
                 os.link(beside, target)
@@ -140,6 +140,21 @@ def _give_name(beside: Path, target: Path, *, exclusive: bool) -> None:
     _sync_folder(target.parent)
 
 
+def _make_folder(folder: Path) -> None:
+    """`mkdir -p` beside a process that removes emptied folders."""
+    while True:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except FileExistsError:
+            # It vanished between mkdir's attempt and its look, unless a file is in the way.
+            if folder.exists():
+                raise
+        except FileNotFoundError:
+            continue  # a folder above it vanished
+        else:
+            return
+
+
 def _sync_folder(folder: Path) -> None:
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
@@ -153,14 +168,4 @@ def _storing(target: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise _explained(error, f"writing {target}") from error
-
-
-def _explained(error: OSError, doing: str) -> StoreError:
-    advice = {
-        errno.ENOSPC: "the disk is full; free some space, what was stored before is intact",
-        errno.EDQUOT: "the quota is used up; free some space, what was stored before is intact",
-        errno.EROFS: "the file system is read-only; choose another place with --store",
-        errno.EACCES: "permission denied; choose another place with --store or mend its owner",
-    }.get(error.errno or 0, os.strerror(error.errno or 0))
-    return StoreError(f"{doing}: {advice}")
+        raise explained(error, f"writing {target}") from error

@@ -14,11 +14,12 @@ from peft import (
     get_peft_model_state_dict,
     set_peft_model_state_dict,
 )
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
 from baton.errors import ConfigError, DamagedError
 from baton.train.config import AdapterConfig
+from baton.train.state import save_tensors
 
 FOLDER = "adapter"
 WEIGHTS = "adapter_model.safetensors"
@@ -76,7 +77,7 @@ class AdapterWeights:
         tidy = copy.copy(config)
         tidy.inference_mode, tidy.target_modules = True, sorted(config.target_modules)
         tidy.save_pretrained(str(target))
-        save_file({k: v.contiguous() for k, v in self._weights().items()}, target / WEIGHTS)
+        save_tensors({k: v.contiguous() for k, v in self._weights().items()}, target / WEIGHTS)
 
     def load(self, folder: Path) -> None:
         """Raises `DamagedError` if the weights are not this adapter's."""

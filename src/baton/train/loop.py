@@ -17,6 +17,7 @@ from baton.train.attention import can_use_varlen
 from baton.train.batch import PackedBatch, TokenSource, collate
 from baton.train.config import TrainConfig
 from baton.train.cursor import Cursor, Indices
+from baton.train.devset import DevSet
 from baton.train.journal import Journal
 from baton.train.keeper import Keeper
 from baton.train.metrics import Metrics
@@ -87,6 +88,13 @@ class Loop:
             identity=self.identity,
             environment=self.environment,
             allow_changed=self.allow_changed,
+        )
+        self.dev_set = DevSet(
+            leg=self.leg,
+            ranks=self.ranks,
+            folder=self.folder,
+            source=self.dev,
+            loss=self._dev_micro_batch,
         )
         self.metrics = Metrics(
             self.leg.folder / self.folder,
@@ -250,8 +258,9 @@ class Loop:
     def _evaluate(self) -> bool:
         """Take the dev loss at this step; False if cut off by a handover."""
         self.journal.read(self.state)
-        with self.journal.speed.paused(), torch.no_grad():
-            loss = self._dev_loss()
+        self.model.eval()
+        with self.journal.speed.paused():
+            loss = self.dev_set.mean_loss(self.state.step, budget=self.state.tokens_per_micro_batch)
         if loss is None:
             return False
         self.state.dev_history.append([float(self.state.step), loss])
@@ -259,23 +268,9 @@ class Loop:
         self.journal.evaluated(self.state, loss)
         return True
 
-    def _dev_loss(self) -> float | None:
-        """Mean loss per labelled token of the dev set, or None when asked to stop."""
-        self.model.eval()
-        indices = np.arange(len(self.dev))
-        lengths = self.dev.lengths(indices).tolist()
-        budget = self.state.tokens_per_micro_batch
-        shares = pack(lengths, ranks=self.ranks.size, budget=budget)
-        mine = shares[self.ranks.rank]
-        total = torch.zeros((), dtype=torch.float64, device=self.ranks.device)
-        for number in range(max(map(len, shares))):
-            if self.ranks.agree(self.leg.stop.is_set)[0]:
-                return None
-            if number < len(mine):
-                with self.precision.autocast():
-                    total += self.loss(self._collate(self.dev, indices[mine[number]]))
-        labelled = int(self.dev.labelled(indices).sum())
-        return self.ranks.sum([float(total)])[0] / labelled
+    def _dev_micro_batch(self, indices: Indices) -> torch.Tensor:
+        with torch.no_grad(), self.precision.autocast():
+            return self.loss(self._collate(self.dev, indices))
 
     def _is_stopped_early(self) -> bool:
         patience = self.config.early_stop_patience

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from baton.config.decode import decode
@@ -89,7 +92,7 @@ class FullWeights:
     model: torch.nn.Module
 
     def save(self, folder: Path) -> None:
-        save_file({k: v.contiguous() for k, v in self._tensors().items()}, folder / MODEL)
+        save_tensors({k: v.contiguous() for k, v in self._tensors().items()}, folder / MODEL)
 
     def load(self, folder: Path) -> None:
         saved, here = load_file(folder / MODEL), self._tensors()
@@ -110,6 +113,18 @@ class FullWeights:
         return tensors
 
 
+def save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
+    """Write a safetensors file; a full disk is an `OSError`, as for any other file."""
+    try:
+        save_file(tensors, path)
+    except SafetensorError as error:
+        number = re.search(r"os error (\d+)", str(error))
+        if not number:
+            raise
+        code = int(number[1])
+        raise OSError(code, os.strerror(code), str(path)) from error
+
+
 def save_optimizer(
     optimizer: torch.optim.Optimizer, names: Mapping[torch.nn.Parameter, str], folder: Path
 ) -> None:
@@ -119,7 +134,7 @@ def save_optimizer(
         for parameter, items in optimizer.state.items()
         for item, value in items.items()
     }
-    save_file(tensors, folder / OPTIMIZER)
+    save_tensors(tensors, folder / OPTIMIZER)
 
 
 def load_optimizer(

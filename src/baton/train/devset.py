@@ -1,0 +1,88 @@
+"""The dev loss at a step, taken in pieces that outlive the leg that took them."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from baton.record import dump_json
+from baton.stage import Leg
+from baton.train.batch import TokenSource
+from baton.train.cursor import Indices
+from baton.train.packing import pack
+from baton.train.ranks import Ranks
+
+# A kill without a word costs at most so much of an evaluation.
+_KEEP_EVERY_SECONDS = 60.0
+
+
+@dataclass(kw_only=True)
+class DevSet:
+    """Evaluates `source` with `loss`, the summed loss of the samples of one micro-batch.
+
+    An evaluation may take longer than a leg lasts. What is done when a handover cuts it off is
+    kept below `<folder>/shards`, and the next leg goes on from there to the same sum.
+    """
+
+    leg: Leg
+    ranks: Ranks
+    folder: str
+    source: TokenSource
+    loss: Callable[[Indices], torch.Tensor]
+
+    def mean_loss(self, step: int, *, budget: int) -> float | None:
+        """Mean loss per labelled token at `step`, or None when asked to stop before the end.
+
+        `budget` is the tokens of a micro-batch. Every rank must call this.
+        """
+        indices = np.arange(len(self.source))
+        lengths = self.source.lengths(indices).tolist()
+        shares = pack(lengths, ranks=self.ranks.size, budget=budget)
+        mine = shares[self.ranks.rank]
+        prefix = (
+            f"{self.folder}/shards/dev-{step:06d}-{budget}-{self.ranks.rank}of{self.ranks.size}-"
+        )
+        done, total = self._kept(prefix)
+        kept_at = time.monotonic()
+        rounds = max(map(len, shares))
+        # Ranks may have kept different numbers; all must ask each other equally often.
+        for number in range(rounds):
+            if self.ranks.agree(self.leg.stop.is_set)[0]:
+                self._keep(prefix, max(done, min(number, len(mine))), total)
+                return None
+            if done <= number < len(mine):
+                total += float(self.loss(indices[mine[number]]))
+                if time.monotonic() - kept_at > _KEEP_EVERY_SECONDS:
+                    self._keep(prefix, number + 1, total)
+                    kept_at = time.monotonic()
+        labelled = int(self.source.labelled(indices).sum())
+        mean = self.ranks.sum([total])[0] / labelled
+        self._forget(prefix)
+        return mean
+
+    def _kept(self, prefix: str) -> tuple[int, float]:
+        """Micro-batches done by earlier legs, and their summed loss."""
+        names = self._names(prefix)
+        if not names:
+            return 0, 0.0
+        kept = json.loads(self.leg.store.read(names[-1]))
+        return int(kept["done"]), float(kept["total"])
+
+    def _keep(self, prefix: str, done: int, total: float) -> None:
+        if done:
+            self.leg.store.write(
+                f"{prefix}{done:06d}.json", dump_json({"done": done, "total": total})
+            )
+
+    def _forget(self, prefix: str) -> None:
+        for name in self._names(prefix):
+            self.leg.store.delete(name)
+
+    def _names(self, prefix: str) -> Sequence[str]:
+        every = self.leg.store.names(f"{self.folder}/shards")
+        return sorted(name for name in every if name.startswith(prefix))
