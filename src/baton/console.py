@@ -87,10 +87,13 @@ def view() -> Lines | Bars:
 
 
 def progress_text(values: Mapping[str, Any], *, counts: bool = True) -> str:
-    """`train step 40/120, loss 2.31, 1,234 tok/s, ETA 2:05, durable step 32`."""
+    """`train 40/120 steps, loss 2.31, 1,234 tok/s, ETA 2:05, durable step 32`."""
     parts = []
     if counts:
-        parts.append(f"{values.get('stage', '')} step {values['step']}/{values.get('total', '?')}")
+        unit = values.get("unit", "steps")
+        parts.append(
+            f"{values.get('stage', '')} {values['step']}/{values.get('total', '?')} {unit}"
+        )
     if values.get("loss") is not None:
         parts.append(f"loss {values['loss']:.3f}")
     if values.get("tokens_per_s"):
@@ -130,11 +133,11 @@ def status_table(plan: Plan, statuses: Sequence[TaskStatus]) -> Table:
         "durable",
         "last reason",
     ):
-        right = name in ("legs", "step", "tok/s", "ETA", "durable")
+        right = name in ("legs", "done", "tok/s", "ETA", "durable")
         table.add_column(name, justify="right" if right else "left", overflow="fold")
     for s in statuses:
         speed = f"{s.tokens_per_s:,.0f}" if s.tokens_per_s else ""
-        step = "" if s.step is None else f"{s.step}/{s.total}"
+        step = "" if s.step is None else f"{s.step}/{s.total} {s.unit}"
         durable = "" if s.durable_step is None else str(s.durable_step)
         cells = (s.task, s.state, str(s.legs), s.stage, step, speed, duration(s.eta_seconds))
         table.add_row(*map(escape, (*cells, durable, s.reason)))

@@ -23,6 +23,7 @@ class TaskStatus:
     stage: str
     step: int | None
     total: int | None
+    unit: str
     tokens_per_s: float | None
     eta_seconds: float | None
     durable_step: int | None
@@ -51,6 +52,7 @@ def status_of(root: Path, plan: Plan, stages: Sequence[str], task: str) -> TaskS
         stage=str(progress.get("stage", "")) if newest else "",
         step=progress.get("step"),
         total=progress.get("total"),
+        unit=str(progress.get("unit", "steps")),
         tokens_per_s=progress.get("tokens_per_s") if is_running else None,
         eta_seconds=progress.get("eta_seconds") if is_running else None,
         durable_step=_durable(store.root),

@@ -206,7 +206,8 @@ class LocalLauncher:
             return ExitStatus.STOP
         if status == ExitStatus.HANDED_OVER:
             step = record.durable_step if record else None
-            view.event(leg.task, f"handed over, step {step} is durable{reason}")
+            kept = "nothing to resume from yet" if step is None else f"step {step} is durable"
+            view.event(leg.task, f"handed over, {kept}{reason}")
             return ExitStatus.HANDED_OVER if self.stop.is_set else None
         if status == ExitStatus.STOP:
             view.event(leg.task, f"stopped{_last_words(store, reason)}")

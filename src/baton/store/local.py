@@ -146,8 +146,8 @@ def _make_folder(folder: Path) -> None:
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except FileExistsError:
-            # It vanished between mkdir's attempt and its look, unless a file is in the way.
-            if folder.exists():
+            # It vanished between mkdir's attempt and its look, unless something is in the way.
+            if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
                 raise
         except FileNotFoundError:
             continue  # a folder above it vanished

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -151,7 +152,7 @@ def build_random(model: RandomModel, texts: Iterable[str], folder: Path) -> None
             network = AutoModelForCausalLM.from_config(
                 config, dtype=torch.bfloat16 if on_gpu else torch.float32
             )
-    except (ValueError, TypeError, RuntimeError) as error:
+    except (ValueError, TypeError, RuntimeError, StrictDataclassError) as error:
         # Whatever a configuration class or a layer objects to is in the user's config.
         raise ModelError(f"model.config: {_first_line(error)}") from error
     network.generation_config.eos_token_id = tokenizer.eos_token_id

@@ -44,21 +44,21 @@ class DevSet:
         lengths = self.source.lengths(indices).tolist()
         shares = pack(lengths, ranks=self.ranks.size, budget=budget)
         mine = shares[self.ranks.rank]
-        prefix = (
-            f"{self.folder}/shards/dev-{step:06d}-{budget}-{self.ranks.rank}of{self.ranks.size}-"
-        )
-        done, total = self._kept(prefix)
-        kept_at = time.monotonic()
-        rounds = max(map(len, shares))
+        who = f"{self.ranks.rank}of{self.ranks.size}"
+        prefix = f"{self.folder}/shards/dev-{step:06d}-{budget}-{who}-"
+        first, total = self._kept(prefix)
+        done, kept_at = first, time.monotonic()
         # Ranks may have kept different numbers; all must ask each other equally often.
-        for number in range(rounds):
-            if self.ranks.agree(self.leg.stop.is_set)[0]:
-                self._keep(prefix, max(done, min(number, len(mine))), total)
+        for number in range(max(map(len, shares))):
+            # Each leg does a little, or legs that are stopped at once would stand still here.
+            if self.ranks.agree(self.leg.stop.is_set and done > first)[0]:
+                self._keep(prefix, done, total)
                 return None
             if done <= number < len(mine):
                 total += float(self.loss(indices[mine[number]]))
+                done = number + 1
                 if time.monotonic() - kept_at > _KEEP_EVERY_SECONDS:
-                    self._keep(prefix, number + 1, total)
+                    self._keep(prefix, done, total)
                     kept_at = time.monotonic()
         labelled = int(self.source.labelled(indices).sum())
         mean = self.ranks.sum([total])[0] / labelled

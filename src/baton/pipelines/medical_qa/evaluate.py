@@ -139,7 +139,7 @@ def _answer(
         leg.check_fence()
         leg.store.write(shard_name(number), dump_json(shard))
         answered += 1
-        leg.report(step=answered, total=total)
+        leg.report(step=answered, total=total, unit="shards")
         leg.log("answered", shard=f"{answered}/{total}", seconds=answers.seconds)
 
 
