@@ -1,5 +1,0 @@
-"""`python -m baton` is `baton`."""
-
-from baton.cli import main
-
-main()

@@ -1,1 +1,0 @@
-"""YAML files into frozen dataclasses, with every problem of a file reported at once."""

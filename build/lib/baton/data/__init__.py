@@ -1,1 +1,0 @@
-"""Training data: reading files, cleaning rows, splitting them, turning them into tokens."""

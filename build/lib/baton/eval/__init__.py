@@ -1,1 +1,0 @@
-"""Evaluation: generate answers, score them, say how sure the scores are."""

@@ -1,1 +1,0 @@
-"""How a plan's tasks get to where they run, one module per kind of site."""

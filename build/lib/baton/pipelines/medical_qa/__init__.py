@@ -1,1 +1,0 @@
-"""LoRA and QLoRA over data scale on question answering: data, train, eval."""

@@ -1,1 +1,0 @@
-"""Where bytes live: a folder today, behind six methods that every store has."""
