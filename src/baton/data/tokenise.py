@@ -10,11 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jinja2.exceptions import TemplateError
 from numpy.typing import NDArray
 
 from baton.errors import DataError
 
 Array = NDArray[Any]
+
+# Stands where the answer will stand while a template is rendered.
+_PLACE = "<baton:answer>"
+# Llama-3.1's template writes today's date otherwise: other tokens tomorrow. This is its default.
+_DATE = "26 Jul 2024"
 
 
 class TokenWriter:
@@ -66,7 +72,13 @@ class TokenFile:
                 " task's data folder to have it made again"
             )
         self._tokens = _map(path, meta["dtype"])
-        self._index = _map(folder / f"{name}.index", "int64").reshape(-1, 2)
+        index = _map(folder / f"{name}.index", "int64")
+        if len(index) % 2 or (index[-2] if len(index) else 0) != meta["tokens"]:
+            raise DataError(
+                f"{folder / f'{name}.index'}: does not end where the tokens do; remove the task's"
+                " data folder to have it made again"
+            )
+        self._index = index.reshape(-1, 2)
 
     def __len__(self) -> int:
         return len(self._index)
@@ -132,66 +144,82 @@ class ChatEncoder:
 
     def prompt_text(self, question: str) -> str:
         """The rendered prompt, up to where the answer begins."""
-        return str(
-            self._tokenizer.apply_chat_template(
-                self._messages(question), tokenize=False, add_generation_prompt=True
-            )
-        )
+        return self._around(question)[0]
+
+    @property
+    def end_of_turn(self) -> int:
+        """The token that ends an answer, in training and so in generation."""
+        turn = self.encode([("?", "!")])[0]
+        if turn is None:
+            raise DataError(f"an empty chat already fills data.max_length ({self._max_length})")
+        return turn.tokens[-1]
 
     def encode(self, pairs: Iterable[tuple[str, str]]) -> list[Turn | None]:
         """Encode (question, answer) pairs; None where the prompt alone fills the context."""
-        rendered = [self._render(question, answer) for question, answer in pairs]
-        texts = [text for text, _, _ in rendered]
-        if not texts:
+        rows = []
+        for question, answer in pairs:
+            before, after = self._around(question)
+            rows.append((before, answer, after))
+        if not rows:
             return []
+        prompts = self._tokenizer([row[0] for row in rows], add_special_tokens=False)["input_ids"]
         if not self._tokenizer.is_fast:
-            return [self._by_parts(*row) for row in rendered]
-        encoded = self._tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True)
+            return [self._by_parts(*row) for row in zip(prompts, rows, strict=True)]
+        whole = self._tokenizer(
+            ["".join(row) for row in rows], add_special_tokens=False, return_offsets_mapping=True
+        )
         return [
-            self._turn(ids, offsets, start, end)
-            for ids, offsets, (_, start, end) in zip(
-                encoded["input_ids"], encoded["offset_mapping"], rendered, strict=True
-            )
+            self._turn(*row)
+            for row in zip(prompts, rows, whole["input_ids"], whole["offset_mapping"], strict=True)
         ]
 
-    def _messages(self, question: str, answer: str | None = None) -> list[dict[str, str]]:
+    def _messages(self, question: str, answer: str) -> list[dict[str, str]]:
         messages = [{"role": "system", "content": self._system}] if self._system else []
         messages.append({"role": "user", "content": question})
-        if answer is not None:
-            messages.append({"role": "assistant", "content": answer})
+        messages.append({"role": "assistant", "content": answer})
         return messages
 
-    def _render(self, question: str, answer: str) -> tuple[str, int, int]:
-        """The whole text, and where in it the answer begins and ends."""
-        prompt = self.prompt_text(question)
-        text = str(
-            self._tokenizer.apply_chat_template(self._messages(question, answer), tokenize=False)
-        )
-        if text.startswith(prompt + answer):
-            start = len(prompt)
-        else:
-            # Templates of thinking models open the prompt otherwise than the finished turn.
-            start = text.rfind(answer)
-            if start < 0:
-                raise DataError(
-                    "the chat template changes the answer's text, so its labels cannot be placed;"
-                    f" answer: {answer[:60]!r}"
+    def _around(self, question: str) -> tuple[str, str]:
+        """What the template writes before and after the answer of a finished turn.
+
+        Taken with a placeholder: no template can trim or rewrite the answer itself, and the
+        prompt is the same in training and generation even where a template opens a new turn
+        otherwise than it writes a finished one (Qwen3's empty thought, GLM-4's newline).
+        """
+        try:
+            text = str(
+                self._tokenizer.apply_chat_template(
+                    self._messages(question, _PLACE), tokenize=False, date_string=_DATE
                 )
-        return text, start, start + len(answer)
+            )
+        except TemplateError as error:
+            raise DataError(
+                f"the model's chat template refuses this conversation ({error}); without"
+                " data.system it may take it"
+            ) from error
+        before, place, after = text.rpartition(_PLACE)
+        if not place:
+            raise DataError("the chat template leaves the answer out; choose another model")
+        return before, after
 
     def _turn(
-        self, ids: list[int], offsets: list[tuple[int, int]], start: int, end: int
+        self,
+        prompt: list[int],
+        row: tuple[str, str, str],
+        ids: list[int],
+        offsets: list[tuple[int, int]],
     ) -> Turn | None:
-        prompt = next((i for i, (_, stop) in enumerate(offsets) if stop > start), len(ids))
+        end = len(row[0]) + len(row[1])
+        if ids[: len(prompt)] != prompt or any(first < end < stop for first, stop in offsets):
+            # A token lies across an edge: generation will start from the prompt's own tokens.
+            return self._by_parts(prompt, row)
         after = next((i for i, (first, _) in enumerate(offsets) if first >= end), len(ids))
-        return self._finish(ids[:prompt], ids[prompt:after], ids[after:])
+        return self._finish(prompt, ids[len(prompt) : after], ids[after:])
 
-    def _by_parts(self, text: str, start: int, end: int) -> Turn | None:
-        """For tokenizers without offsets: the same three parts, each encoded by itself."""
-        parts = (text[:start], text[start:end], text[end:])
-        return self._finish(
-            *(self._tokenizer(part, add_special_tokens=False)["input_ids"] for part in parts)
-        )
+    def _by_parts(self, prompt: list[int], row: tuple[str, str, str]) -> Turn | None:
+        """Answer and end encoded by themselves, as for tokenizers without offsets."""
+        parts = (self._tokenizer(part, add_special_tokens=False)["input_ids"] for part in row[1:])
+        return self._finish(prompt, *parts)
 
     def _finish(self, prompt: list[int], answer: list[int], rest: list[int]) -> Turn | None:
         end_of_turn = next((i for i in rest if i in self._special), self._tokenizer.eos_token_id)

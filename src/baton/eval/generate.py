@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,13 +29,15 @@ def generate(
     prompts: Sequence[str],
     config: GenerateConfig,
     *,
+    ends: Sequence[int] = (),
     seed: int = 0,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> Answers | None:
     """Answer `prompts` as one batch, padded on the left.
 
     The model's own generation defaults (sampling, penalties) are not used: what decides the
-    result is in `config`. `seed` varies the draws between batches and is added to the one in
+    result is in `config`. `ends` are ids that end an answer besides the model's and the
+    tokenizer's own. `seed` varies the draws between batches and is added to the one in
     `config.sampling`.
 
     Returns:
@@ -50,9 +53,9 @@ def generate(
     stop = _Stop(should_stop)
     if config.sampling is not None:
         torch.manual_seed(config.sampling.seed * 1_000_003 + seed)
-    ends = end_tokens(model, tokenizer)
+    ends = sorted({*end_tokens(model, tokenizer), *ends})
     started = time.monotonic()
-    with torch.inference_mode():
+    with torch.inference_mode(), _own_defaults_hidden(model):
         output = model.generate(
             **encoded,
             generation_config=_decoding(config, ends, tokenizer),
@@ -64,6 +67,19 @@ def generate(
         return None
     texts = tokenizer.batch_decode(answers, skip_special_tokens=True)
     return Answers([t.strip() for t in texts], [_count(row, ends) for row in answers], seconds)
+
+
+@contextlib.contextmanager
+def _own_defaults_hidden(model: Any) -> Iterator[None]:
+    """Hide the model's generation config: transformers takes from it whatever ours leaves open.
+
+    Qwen2.5-Instruct, for one, would bring a repetition penalty into greedy decoding.
+    """
+    hidden, model.generation_config = model.generation_config, GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = hidden
 
 
 def end_tokens(model: Any, tokenizer: Any) -> list[int]:

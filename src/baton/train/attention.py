@@ -116,7 +116,7 @@ def check_separation(network: PreTrainedModel) -> None:
         return output.last_hidden_state[0].float()
 
     other_sample, later = ids.clone(), ids.clone()
-    other_sample[0] += 1
+    other_sample[:length] += 1  # up to the edge: a convolution reaches a few tokens only
     later[-1] += 1
     was_training = network.training
     network.eval()
@@ -133,9 +133,10 @@ def check_separation(network: PreTrainedModel) -> None:
         ) from error
     finally:
         network.train(was_training)
-    scale = float(plain.abs().max())
+    # A decayed linear-attention state shows faintly in a model that was never trained.
+    tolerance = (1e-6 if network.dtype == torch.float32 else 1e-3) * float(plain.abs().max())
     chunked = getattr(network.config.get_text_config(), "attention_chunk_size", None)
-    if chunked or any(float((a - b).abs().max()) > 1e-3 * scale for a, b in pairs):
+    if chunked or any(float((a - b).abs().max()) > tolerance for a, b in pairs):
         raise ModelError(
             f"{name} mixes the samples of a pack, so its loss would be wrong: its layers do not"
             " use transformers' attention interface or carry state across tokens; choose"

@@ -123,6 +123,13 @@ def load_model(
         loaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(place, **options)
     except (OSError, ValueError) as error:
         raise ModelError(_cannot_load(model, place, error)) from error
+    except KeyError as error:
+        if attention.NAME not in str(error):
+            raise
+        raise ModelError(
+            f"{place}: this architecture does not use transformers' attention interface, so it"
+            " cannot be trained packed; choose another model"
+        ) from error
     if adapter.method == "qlora":
         quantize.keep_trainable(loaded)
     loaded.requires_grad_(adapter.method == "full")

@@ -57,9 +57,7 @@ def build_learner(
     )
     base = fingerprint(network)
     if activation_checkpointing:
-        network.gradient_checkpointing_enable({"use_reentrant": False})
-        # Frozen embeddings would otherwise cut the graph below the first checkpoint.
-        network.enable_input_require_grads()
+        checkpoint_activations(network)
     if adapter.method == "full":
         return Learner(
             network=network, model=network, weights=FullWeights(network), base_fingerprint=base
@@ -72,3 +70,12 @@ def build_learner(
         weights=adapters.AdapterWeights(wrapped),
         base_fingerprint=base,
     )
+
+
+def checkpoint_activations(network: PreTrainedModel) -> None:
+    """Recompute activations in the backward pass instead of keeping them."""
+    # transformers 5.23 gave the method another name; the old one warns.
+    enable = getattr(network, "activation_checkpointing_enable", None)
+    (enable or network.gradient_checkpointing_enable)({"use_reentrant": False})
+    # Frozen embeddings would otherwise cut the graph below the first checkpoint.
+    network.enable_input_require_grads()

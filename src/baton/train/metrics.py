@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Mapping
@@ -85,8 +86,10 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
         return []
     lines = []
     for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-        if line.endswith("\n"):
-            lines.append(json.loads(line))
+        # A machine that dies may leave a block of zeros, or half a line before a whole one.
+        with contextlib.suppress(json.JSONDecodeError):
+            if line.endswith("\n"):
+                lines.append(json.loads(line))
     return lines
 
 

@@ -62,14 +62,14 @@ def test_too_few_rows_for_a_subset_is_an_error_that_says_how_many_there_are() ->
         split(5704, seed=0, train_rows=100_000, n_read=6000)
     assert str(caught.value) == (
         "the training subset asks for 100,000 rows, but there are 4,564: 5,704 usable rows of "
-        "6,000 read, less 570 for dev and 570 for test; set train_rows to at most 4,564, or bring "
+        "6,000 read, less 570 for dev and 570 for test; ask for at most 4,564, or bring "
         "at least 125,000 usable rows"
     )
     with pytest.raises(DataError) as caught:
         split(1000, seed=0, train_rows=801)
     assert str(caught.value) == (
         "the training subset asks for 801 rows, but there are 800: 1,000 usable rows, less 100 "
-        "for dev and 100 for test; set train_rows to at most 800, or bring at least 1,001 usable "
+        "for dev and 100 for test; ask for at most 800, or bring at least 1,001 usable "
         "rows"
     )
 

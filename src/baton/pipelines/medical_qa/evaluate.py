@@ -124,6 +124,7 @@ def _answer(
             tokenizer,
             [encoder.prompt_text(row.question) for row in shards[number]],
             config.eval.generate,
+            ends=(encoder.end_of_turn,),
             seed=number,
             should_stop=lambda: leg.stop.is_set,
         )
