@@ -1,0 +1,347 @@
+"""Kill smoke tasks at random moments, let them resume by themselves, compare every byte.
+
+    python tests/handover/kill_storm.py --kills 100 --seed 1
+
+Each task first runs once without interruption. Then the same tasks run in fresh stores, two at
+a time, while their legs are killed, half by SIGKILL and half by SIGTERM: after a random time,
+at a random file operation (inside a save, a rotation, a restore, an evaluation), while data
+are prepared, while the model loads, right after a resume, or by several signals at once. The
+last line is the verdict; the exit status is 0 only if every task resumed and every byte is the
+same. A kill that comes after its task was done does not count.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import re
+import shutil
+import signal
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from lab import Lab, Task, differences
+from zygote import Leg, Zygote
+
+# Every way of training, with dropout on; 24 steps, a save every 4, an evaluation every 6.
+SETTINGS = {
+    "matrix.adapter.method": "null",
+    "matrix.data.rows": "null",
+    "matrix.kind": (
+        "{lora: {adapter.method: lora}, qlora: {adapter.method: qlora},"
+        " full: {adapter.method: full, train.learning_rate: 1e-3},"
+        " lora_fp16: {adapter.method: lora, train.precision: fp16},"
+        " lora_bf16: {adapter.method: lora, train.precision: bf16}}"
+    ),
+    "data.rows": "96",
+    # bitsandbytes packs 4-bit weights for a CPU in blocks of 64.
+    "model.config.hidden_size": "64",
+    "model.config.intermediate_size": "128",
+    "adapter.dropout": "0.1",
+    "train.log_every_steps": "1",
+    "train.eval_every_steps": "6",
+    "train.save_every_steps": "4",
+    "eval.max_samples": "12",
+    "eval.generate.batch_size": "4",
+    "eval.generate.max_new_tokens": "8",
+}
+SAVE_EVERY = int(SETTINGS["train.save_every_steps"])
+NAMES = ("lora", "qlora", "full", "lora_fp16", "lora_bf16")
+# More legs in a row than this without anything durable, and baton rightly gives up.
+BARREN_LEGS = 2
+# A leg of these tasks lasts about two seconds; later moments hit nothing.
+LEG_SECONDS = 2.0
+# A save is some 60 file operations, a whole leg some 900 at most.
+OPERATIONS = 700
+STEP = re.compile(r" step=(\d+)/")
+
+
+@dataclass
+class Tally:
+    """What the storm has done and found so far; shared by the tasks that run side by side."""
+
+    wanted: int
+    kills: int = 0
+    unresumable: list[str] = field(default_factory=list)
+    different: list[str] = field(default_factory=list)
+    broken: list[str] = field(default_factory=list)
+    compared: int = 0
+    max_lost_steps: int = 0
+    durable_seconds: list[float] = field(default_factory=list)
+    kinds: dict[str, int] = field(default_factory=dict)
+    started: float = field(default_factory=time.monotonic)
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    @property
+    def is_enough(self) -> bool:
+        return self.kills >= self.wanted
+
+    @property
+    def is_clean(self) -> bool:
+        return not (self.unresumable or self.different or self.broken)
+
+    def kill(self, kind: str) -> None:
+        with self.lock:
+            self.kills += 1
+            self.kinds[kind] = self.kinds.get(kind, 0) + 1
+
+    def verdict(self) -> str:
+        """The line that others quote; its format is fixed."""
+        return (
+            f"kill-storm: kills={self.kills} unresumable={len(self.unresumable)}"
+            f" identical={'no' if self.different or not self.compared else 'yes'}"
+            f" max_lost_steps={self.max_lost_steps}"
+            f" p50_signal_to_durable_s={self._percentile(0.50)}"
+            f" p99_signal_to_durable_s={self._percentile(0.99)}"
+        )
+
+    def _percentile(self, share: float) -> str:
+        if not self.durable_seconds:
+            return "none"
+        ordered = sorted(self.durable_seconds)
+        return f"{ordered[min(len(ordered) - 1, int(share * len(ordered)))]:.3f}"
+
+
+@dataclass(frozen=True)
+class Blow:
+    """One planned kill: what to wait for, how long after it, and what to send.
+
+    With `operation`, the leg strikes itself right before that file operation. `then` are
+    further signals, each with the seconds to wait before it.
+    """
+
+    kind: str
+    number: signal.Signals
+    pattern: str = ""
+    delay: float = 0.0
+    operation: int = 0
+    then: tuple[tuple[float, signal.Signals], ...] = ()
+
+
+def blows(rng: random.Random) -> Iterator[Blow]:
+    """An endless mix of kills, half of them SIGKILL and half SIGTERM."""
+    while True:
+        yield _blow(rng, rng.choice((signal.SIGKILL, signal.SIGTERM)))
+
+
+def _blow(rng: random.Random, number: signal.Signals) -> Blow:
+    kind = rng.choices(
+        (
+            "anywhen",
+            "operation",
+            "step",
+            "save",
+            "data",
+            "load",
+            "evaluation",
+            "resumed",
+            "several",
+        ),
+        (3, 5, 2, 3, 1, 1, 3, 2, 2),
+    )[0]
+    short = rng.uniform(0, 0.05)
+    if kind == "anywhen":
+        return Blow(kind, number, delay=rng.uniform(0, LEG_SECONDS))
+    if kind == "operation":
+        return Blow(kind, number, operation=rng.randint(1, OPERATIONS))
+    if kind == "several":
+        others = (signal.SIGTERM, signal.SIGUSR2, signal.SIGUSR1, signal.SIGKILL)
+        several = tuple(
+            (rng.choice((0.0, rng.uniform(0, 0.05))), rng.choice(others)) for _ in range(2)
+        )
+        return Blow(kind, number, pattern=" saved ", delay=rng.uniform(0, 0.2), then=several)
+    patterns = {
+        "step": (rf" step={rng.randint(1, 23)}/", short),
+        # The log line of a step that is saved comes right before its save.
+        "save": (rf" step={rng.choice((4, 6, 8, 12, 16, 18, 20, 24))}/\d+ loss", short / 2),
+        "data": ("stage=data", short),
+        "load": ("stage started .*stage=train", rng.uniform(0, 0.3)),
+        "evaluation": (
+            rng.choice(
+                (" saved .* step=(6|12|18|24) ", "stage started .*stage=eval", "answered .*shard=2")
+            ),
+            rng.uniform(0, 0.1),
+        ),
+        "resumed": ("resumed ", short),
+    }
+    pattern, delay = patterns[kind]
+    return Blow(kind, number, pattern=pattern, delay=delay)
+
+
+def storm_one(lab: Lab, task: Task, reference: Task, tally: Tally, rng: random.Random) -> None:
+    """Take one task through kills to its end, and compare."""
+    where = f"{task.name} in {task.store.name}"
+    barren, kinds, number = 0, blows(rng), 0
+    while True:
+        number += 1
+        before = task.position()
+        blow = None if tally.is_enough or barren >= BARREN_LEGS else next(kinds)
+        log = task.store / f"leg-{number:03d}.txt"
+        status, is_hit = _leg(lab, task, blow, log)
+        after = task.position()
+        if status == 0:
+            break
+        if is_hit and blow is not None:
+            tally.kill(f"{blow.kind}/{blow.number.name}")
+            _check(task, blow, status, log, tally)
+        if status not in (75, -signal.SIGKILL) and not _died_unready(status, log):
+            tally.unresumable.append(where)
+            print(f"FAILED {where}: leg {number} ended with {status}\n{_tail(log)}", flush=True)
+            return
+        barren = 0 if after > before else barren + 1
+    if tally.is_enough and number == 1:
+        return
+    odd = differences(task, reference)
+    tally.compared += 1
+    if odd:
+        tally.different.append(f"{where}: {', '.join(odd)}")
+        print(f"DIFFERS {where}: {', '.join(odd)}", flush=True)
+        return
+    print(
+        f"{time.monotonic() - tally.started:6.1f} s  kills={tally.kills}/{tally.wanted}"
+        f"  {task.name} identical after {number} legs",
+        flush=True,
+    )
+    shutil.rmtree(task.store)
+
+
+def _leg(lab: Lab, task: Task, blow: Blow | None, log: Path) -> tuple[int, bool]:
+    """Run one leg; returns its exit status and whether the blow hit it."""
+    if blow is not None and blow.operation:
+        trace = log.with_suffix(".operations")
+        hook = {"trace": str(trace), "below": str(task.folder), "at": blow.operation}
+        leg = lab.start(task, log=log, hook=("strike", {**hook, "number": int(blow.number)}))
+        status = leg.wait()
+        return status, len(trace.read_bytes().splitlines()) >= blow.operation
+    leg = lab.start(task, log=log)
+    if blow is None:
+        return leg.wait(), False
+    is_hit = _await(leg, blow.pattern) and not _sleep(leg, blow.delay) and leg.kill(blow.number)
+    if is_hit:
+        for seconds, number in blow.then:
+            time.sleep(seconds)
+            leg.kill(number)
+    return leg.wait(), is_hit
+
+
+def _await(leg: Leg, pattern: str) -> bool:
+    found = re.compile(pattern)
+    while not found.search(leg.text):
+        if leg.poll() is not None:
+            return False
+        time.sleep(0.002)
+    return True
+
+
+def _sleep(leg: Leg, seconds: float) -> bool:
+    """Let the leg work for a random while; True if it ended in that time."""
+    time.sleep(seconds)
+    return leg.poll() is not None
+
+
+def _check(task: Task, blow: Blow, status: int, log: Path, tally: Tally) -> None:
+    """What must hold after every kill, whenever it came."""
+    text = log.read_text(errors="replace")
+    reached = max((int(step) for step in STEP.findall(text.partition("stage=eval")[0])), default=0)
+    lost = max(0, reached - max(task.steps(), default=0))
+    tally.max_lost_steps = max(tally.max_lost_steps, lost)
+    problems = []
+    if lost > SAVE_EVERY:
+        problems.append(f"lost {lost} steps, the save interval is {SAVE_EVERY}")
+    if status == 75:
+        record = task.legs()[-1]
+        if lost:
+            problems.append(f"handed over, but {lost} steps are lost")
+        if record["state"] != "handed_over" or record["exit_status"] != 75:
+            problems.append(f"exit status 75, its record says {record['state']}")
+        seconds = record["signal_to_durable_seconds"]
+        if seconds is not None:
+            tally.durable_seconds.append(seconds)
+    has_term = signal.SIGKILL not in (blow.number, *(number for _, number in blow.then))
+    if has_term and status not in (75, 0) and not _died_unready(status, log):
+        problems.append(f"SIGTERM ended it with {status} instead of 75")
+    for problem in problems:
+        tally.broken.append(f"{task.name}: {problem}")
+        print(f"BROKEN {task.name} ({blow.kind}): {problem}\n{_tail(log)}", flush=True)
+
+
+def _died_unready(status: int, log: Path) -> bool:
+    """Did the signal come before the command could take it, with nothing begun?"""
+    unheard = (-signal.SIGTERM, -signal.SIGUSR1, -signal.SIGUSR2)
+    return status in unheard and not (log.exists() and log.read_text())
+
+
+def _tail(log: Path) -> str:
+    return "\n".join(log.read_text(errors="replace").splitlines()[-15:])
+
+
+def storm(
+    kills: int,
+    *,
+    seed: int = 0,
+    parallel: int = 2,
+    names: tuple[str, ...] = NAMES,
+    zygote: Zygote | None = None,
+) -> Tally:
+    """Kill until `kills` have hit; every task that was begun is taken to its end."""
+    tally = Tally(wanted=kills)
+    folder = Path(tempfile.mkdtemp(prefix="kill-storm-"))
+    own = None if zygote is not None else Zygote()
+    try:
+        lab = Lab(zygote or own, folder)  # type: ignore[arg-type]
+        tasks = {name: lab.task(SETTINGS, name=name) for name in names}
+        with ThreadPoolExecutor(parallel) as pool:
+            references = dict(zip(names, pool.map(lab.reference, tasks.values()), strict=True))
+            print(f"{time.monotonic() - tally.started:6.1f} s  references done", flush=True)
+            list(
+                pool.map(
+                    lambda which: _worker(lab, which, parallel, references, tally, seed),
+                    range(parallel),
+                )
+            )
+    finally:
+        if own is not None:
+            own.close()
+        if tally.is_clean:
+            shutil.rmtree(folder, ignore_errors=True)
+        else:
+            print(f"what was found lies in {folder}", flush=True)
+    return tally
+
+
+def _worker(
+    lab: Lab, which: int, parallel: int, references: dict[str, Task], tally: Tally, seed: int
+) -> None:
+    names, turn = list(references), which
+    while not tally.is_enough and tally.is_clean:
+        name = names[turn % len(names)]
+        rng = random.Random(f"{seed}-{turn}")
+        storm_one(lab, lab.task(SETTINGS, name=name), references[name], tally, rng)
+        turn += parallel
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--kills", type=int, default=100)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--parallel", type=int, default=2, help="tasks at once")
+    parser.add_argument("--store-kind", choices=("local",), default="local")
+    options = parser.parse_args()
+    tally = storm(options.kills, seed=options.seed, parallel=options.parallel)
+    print(f"kinds: {json.dumps(dict(sorted(tally.kinds.items())))}")
+    print(f"tasks compared: {tally.compared}, {time.monotonic() - tally.started:.0f} s")
+    print(tally.verdict())
+    sys.exit(0 if tally.is_clean and tally.is_enough else 1)
+
+
+if __name__ == "__main__":
+    main()
