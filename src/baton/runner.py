@@ -17,7 +17,7 @@ from baton.legs import Legs, this_runner, utc_now
 from baton.pipelines import PIPELINES
 from baton.plan import fingerprint
 from baton.record import LegRecord, LegState, Plan, TaskPlan, dump_json, replace
-from baton.stage import Alone, Leg, Outcome, Peers, Stage
+from baton.stage import PROGRESS_EVERY_SECONDS, Alone, Leg, Outcome, Peers, Stage
 from baton.store.local import LocalStore
 
 log = logging.getLogger(__name__)
@@ -116,6 +116,9 @@ class TaskRunner:
             notice=_notice(config),
             allow_changed=self.allow_changed,
             on_progress=self.on_progress,
+            progress_every_seconds=float(
+                os.environ.get("BATON_PROGRESS_SECONDS", PROGRESS_EVERY_SECONDS)
+            ),
         )
 
     def _reason_behind(self, leg: Leg, error: BaseException) -> BaseException:

@@ -20,7 +20,7 @@ from baton.store.local import LocalStore
 
 PROGRESS = "progress.json"
 # Rewriting a small file is cheap, but a stage may report hundreds of times a second.
-_PROGRESS_EVERY_SECONDS = 0.25
+PROGRESS_EVERY_SECONDS = 0.25
 HEARTBEAT_SECONDS = 10.0
 
 
@@ -83,6 +83,7 @@ class Leg:
     clock: Callable[[], float] = time.monotonic
     notice: str = ""
     allow_changed: Sequence[str] = ()
+    progress_every_seconds: float = PROGRESS_EVERY_SECONDS
     progress: dict[str, Any] = field(default_factory=dict)
     on_progress: Callable[[Mapping[str, Any]], None] | None = None
     _written: float = -1e9
@@ -111,13 +112,13 @@ class Leg:
     def report(self, *, now: bool = False, **values: Any) -> None:
         """Say how far the stage is; `status`, the progress bar and the heartbeat read it.
 
-        The file is rewritten at most four times a second unless `now`.
+        The file is rewritten at most every `progress_every_seconds` unless `now`.
         """
         if not self.is_first:
             return
         with self._lock:
             self.progress.update(values)
-            if now or self.clock() - self._written >= _PROGRESS_EVERY_SECONDS:
+            if now or self.clock() - self._written >= self.progress_every_seconds:
                 self._write_progress()
         if self.on_progress is not None:
             self.on_progress(self.progress)

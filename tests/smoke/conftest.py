@@ -150,10 +150,10 @@ def long_run(tmp_path: Path) -> Iterator[Baton]:
 
 @pytest.fixture
 def short_pair(tmp_path: Path) -> Iterator[Baton]:
-    """An experiment of the tasks `a` and `b`, of ten steps each."""
+    """An experiment of the tasks `a` and `b`, of 300 short steps each."""
     path = tmp_path / "pair.yaml"
     matrix = "matrix: {train.seed: {a: 1, b: 2}}\n"
-    path.write_text(matrix + LONG.replace("STEPS", "10"), encoding="utf-8")
+    path.write_text(matrix + LONG.replace("STEPS", "300"), encoding="utf-8")
     baton = Baton(str(path), tmp_path / "runs")
     yield baton
     baton.clean_up()
