@@ -457,7 +457,7 @@ def _site(name: str) -> Site:
 
 
 def _store_root(site: Site, store: str | None) -> Path:
-    from baton.store.base import open_store
+    from baton.store.open import open_store
 
     return Path(open_store(site.store if store is None else store).url)
 

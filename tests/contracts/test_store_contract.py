@@ -19,7 +19,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from baton.errors import BatonError, NameMissing, NameTaken, StoreError
-from baton.store.base import Store, open_store
+from baton.store.base import Store
+from baton.store.open import open_store
 
 # Kind of store -> the URL to open, made of a folder of the test.
 STORES = {"local": "{folder}"}
@@ -66,7 +67,7 @@ def source(tmp_path: Path) -> Path:
 def test_what_was_written_is_read_in_another_process(store: Store) -> None:
     store.write("a/b.json", b"bytes \x00\xff")
     program = (
-        "import sys; from baton.store.base import open_store; "
+        "import sys; from baton.store.open import open_store; "
         "sys.stdout.buffer.write(open_store(sys.argv[1]).read('a/b.json'))"
     )
     read = subprocess.run(
@@ -245,7 +246,7 @@ def test_a_url_opens_the_same_place_again(store: Store) -> None:
 
 WRITER = """
 import sys
-from baton.store.base import open_store
+from baton.store.open import open_store
 store = open_store(sys.argv[1])
 print("ready", flush=True)
 for number in range(int(sys.argv[2])):
@@ -272,7 +273,7 @@ def test_a_reader_never_sees_half_a_write(store: Store) -> None:
 KILLED = """
 import sys
 from pathlib import Path
-from baton.store.base import open_store
+from baton.store.open import open_store
 store = open_store(sys.argv[1])
 source = Path(sys.argv[2])
 number = 0
@@ -304,7 +305,7 @@ def test_a_killed_writer_leaves_whole_names_only(store: Store, tmp_path: Path) -
 RACER = """
 import sys
 from baton.errors import NameTaken
-from baton.store.base import open_store
+from baton.store.open import open_store
 store = open_store(sys.argv[1])
 print("ready", flush=True)
 sys.stdin.readline()
@@ -329,7 +330,7 @@ def test_of_sixteen_exclusive_writers_one_wins(store: Store) -> None:
 
 CLEANER = """
 import sys
-from baton.store.base import open_store
+from baton.store.open import open_store
 store = open_store(sys.argv[1])
 print("ready", flush=True)
 for number in range(100):

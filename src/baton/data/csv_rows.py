@@ -9,8 +9,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from baton.data import encoding as encodings
-from baton.data import readers
-from baton.data.readers import (
+from baton.data import rows
+from baton.data.rows import (
     Lines,
     Reject,
     Row,
@@ -27,7 +27,7 @@ from baton.errors import DataError
 def describe(source: Source) -> Source:
     """Choose the delimiter under which most wanted columns, then most columns, are found."""
     with encodings.open_text(source.path, source.encoding, newline="") as stream:
-        lines = list(itertools.islice(Lines(stream), readers.SAMPLED_OBJECTS))
+        lines = list(itertools.islice(Lines(stream), rows.SAMPLED_OBJECTS))
     best, best_rank = source, (-1, -1)
     for delimiter in "\t" if source.format == "tsv" else ",\t;":
         header = _header(lines, delimiter)
@@ -52,7 +52,7 @@ def _header(lines: list[str], delimiter: str) -> tuple[str, ...]:
 def read(source: Source) -> Iterator[Row | Reject]:
     """Rows in their order. Raises DataError where a quote is never closed."""
     # Process-wide, like everything about the csv module's limit; it is only ever raised.
-    csv.field_size_limit(max(csv.field_size_limit(), readers.MAX_FIELD_CHARS))
+    csv.field_size_limit(max(csv.field_size_limit(), rows.MAX_FIELD_CHARS))
     picks = find_picks(source.mapping, source.columns.index)
     width = len(source.columns)
     with encodings.open_text(source.path, source.encoding, newline="") as stream:

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import IO
 
 from baton.data import encoding as encodings
-from baton.data import readers
-from baton.data.readers import (
+from baton.data import rows
+from baton.data.rows import (
     Lines,
     Pick,
     Reject,
@@ -32,7 +32,7 @@ def describe(source: Source) -> Source:
     """Tell an array from one object a line, and collect the columns of the first objects."""
     format = source.format
     with encodings.open_text(source.path, source.encoding, newline="\n") as stream:
-        head = stream.read(readers._WINDOW_CHARS).lstrip("\ufeff \t\r\n")
+        head = stream.read(rows._WINDOW_CHARS).lstrip("\ufeff \t\r\n")
     if format == "json" and head.startswith("{"):
         if not _closed_on_its_line(head):
             raise DataError(
@@ -51,7 +51,7 @@ def describe(source: Source) -> Source:
     broken = 0
     with encodings.open_text(source.path, source.encoding, newline="\n") as stream:
         records = _array(source.path, stream) if format == "json" else _lines(stream)
-        for _, record, _ in itertools.islice(records, readers.SAMPLED_OBJECTS):
+        for _, record, _ in itertools.islice(records, rows.SAMPLED_OBJECTS):
             if isinstance(record, dict):
                 columns.update(dict.fromkeys(record))
             else:
@@ -71,9 +71,7 @@ def _closed_on_its_line(head: str) -> bool:
     try:
         json.loads(line)
     except (ValueError, RecursionError):
-        return (
-            not newline and len(head) > readers._WINDOW_CHARS // 2
-        )  # a line longer than we looked
+        return not newline and len(head) > rows._WINDOW_CHARS // 2  # a line longer than we looked
     return True
 
 
@@ -219,10 +217,10 @@ class _Window:
 
     def _refill(self) -> bool:
         left = len(self._text) - self.position
-        if left > readers.MAX_ELEMENT_CHARS:
-            raise self.error(f"a row of more than {readers.MAX_ELEMENT_CHARS:,} characters")
+        if left > rows.MAX_ELEMENT_CHARS:
+            raise self.error(f"a row of more than {rows.MAX_ELEMENT_CHARS:,} characters")
         # At least doubling what is left keeps a large element linear.
-        more = self._stream.read(max(readers._WINDOW_CHARS, left))
+        more = self._stream.read(max(rows._WINDOW_CHARS, left))
         if not more:
             return False
         self.line()

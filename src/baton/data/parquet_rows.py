@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from baton.data import encoding as encodings
-from baton.data.readers import (
+from baton.data.rows import (
     Reject,
     Row,
     Source,

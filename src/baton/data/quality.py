@@ -20,7 +20,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
-from baton.data.readers import Reject, Row, excerpt
+from baton.data.rows import Reject, Row, excerpt
 
 DIGEST_BYTES = 16
 FIRST_ROWS = 3

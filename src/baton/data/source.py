@@ -9,7 +9,8 @@ from pathlib import Path
 
 from baton.config.home import find_file
 from baton.data.config import DataConfig
-from baton.data.readers import Reject, Row, Source, describe
+from baton.data.readers import describe
+from baton.data.rows import Reject, Row, Source
 from baton.errors import DataError
 
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Protocol
 
-from baton.errors import ConfigError, StoreError
+from baton.errors import StoreError
 
 # What every file system, S3 and the Hub accept alike; control characters and backslashes
 # in a name are how a name from a store would leave its folder or a terminal its line.
@@ -68,22 +68,6 @@ class Store(Protocol):
     def delete(self, name: str) -> None:
         """Forget `name`; nothing happens if it is not there."""
         ...
-
-
-def open_store(url: str) -> Store:
-    """The store a person names with `--store`: a folder, `s3://bucket/prefix` or `hf://…`."""
-    from baton.store.local import LocalStore
-
-    plain = url.removeprefix("file://")
-    if not plain:
-        raise ConfigError("store: the name is empty; name a folder (is a variable not set?)")
-    if re.match(r"\w+:/", plain):
-        raise ConfigError(f"store {url!r}: this version of baton stores in folders only")
-    path = Path(plain).absolute()
-    for place in (path, *path.parents):
-        if place.exists() and not place.is_dir():
-            raise ConfigError(f"store {url!r}: {place} is a file; name a folder")
-    return LocalStore(path)
 
 
 def explained(error: OSError, doing: str) -> StoreError:

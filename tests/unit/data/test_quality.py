@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from baton.data.quality import Cleaner, Lengths, QualityReport, RejectsWriter, clean
-from baton.data.readers import Reject, Row, describe
+from baton.data.readers import describe
+from baton.data.rows import Reject, Row
 
 REAL = Path(__file__).parents[3].parent / "shared" / "data"
 

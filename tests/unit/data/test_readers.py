@@ -18,8 +18,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from baton.data import readers
-from baton.data.readers import Columns, Reject, Row, describe, read_rows
+from baton.data import rows as limits
+from baton.data.readers import describe, read_rows
+from baton.data.rows import Columns, Reject, Row
 from baton.errors import DataError
 
 QA: Columns = {"question": "question", "answer": "answer"}
@@ -131,7 +132,7 @@ def test_a_field_without_end_is_refused_before_it_fills_the_memory(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     limit = csv.field_size_limit()
-    monkeypatch.setattr(readers, "MAX_FIELD_CHARS", 1000)
+    monkeypatch.setattr(limits, "MAX_FIELD_CHARS", 1000)
     csv.field_size_limit(1000)
     try:
         problem = message("x.csv", 'question,answer\n1,"2\n' + "3,4\n" * 1000)
@@ -325,7 +326,7 @@ def test_elements_of_a_json_array_know_their_lines() -> None:
 def test_a_json_array_is_read_through_a_window_smaller_than_its_elements(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(readers, "_WINDOW_CHARS", 7)
+    monkeypatch.setattr(limits, "_WINDOW_CHARS", 7)
     rows = [{"question": "长" * n + '"\\\n', "answer": f"{n}"} for n in range(60)]
     for indent in (None, 2):
         data = json.dumps([*rows, 123456789012, True], indent=indent)
@@ -338,7 +339,7 @@ def test_a_json_array_is_read_through_a_window_smaller_than_its_elements(
 
 
 def test_a_json_array_cut_off_anywhere_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(readers, "_WINDOW_CHARS", 11)
+    monkeypatch.setattr(limits, "_WINDOW_CHARS", 11)
     data = json.dumps([{"question": "1", "answer": "2"}, {"question": "33", "answer": "4é"}])
     for cut in range(len(data)):
         with pytest.raises(DataError):

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from baton.data.quality import Cleaner, QualityReport, RejectsWriter
-from baton.data.readers import Reject, Row
+from baton.data.rows import Reject, Row
 from baton.data.source import open_source
 from baton.data.split import Split, count_leaks, split
 from baton.data.tokenise import ChatEncoder, TokenWriter, write_turns
