@@ -69,6 +69,8 @@ def _state(legs: Legs, newest: LegRecord | None, *, is_done: bool) -> tuple[str,
         if legs.is_alive(newest, this_runner()):
             return "running", ""
         return "lost", "the leg ended without a word; submit again to go on"
+    if newest.state == "finished":
+        return "incomplete", "files of a finished stage are gone; submit again to make them anew"
     return newest.state.replace("_", " "), newest.reason
 
 

@@ -312,3 +312,11 @@ def test_status_calls_a_leg_lost_when_its_process_is_gone(tmp_path: Path) -> Non
     status = status_of(tmp_path, PLAN, ("data", "train", "eval"), "t")
     assert (status.state, status.legs) == ("lost", 1)
     assert status.reason == "the leg ended without a word; submit again to go on"
+
+
+def test_a_task_whose_results_were_removed_is_not_called_finished(tmp_path: Path) -> None:
+    legs = Legs(LocalStore(tmp_path / "e" / "d" / "tasks" / "t"), "t", Clock())
+    legs.close(replace(legs.open(record(legs)), state="finished"))
+    status = status_of(tmp_path, PLAN, ("data", "train", "eval"), "t")
+    assert status.state == "incomplete"
+    assert status.reason == "files of a finished stage are gone; submit again to make them anew"

@@ -37,6 +37,7 @@ class _Running:
     processes: list[subprocess.Popen[bytes]]
     devices: list[int]
     log: TextIO
+    started: str = field(default_factory=utc_now)
     signalled: bool = False
     reported: str = ""
 
@@ -185,8 +186,10 @@ class LocalLauncher:
             leg.signalled = True
             leg.send(signal.SIGTERM)
         progress = read_progress(task_store(request.store_root, request.plan, leg.task).root)
-        if progress.get("time", "") != leg.reported:
-            leg.reported = progress.get("time", "")
+        if progress.get("time", "") < leg.started:
+            return  # the last leg's
+        if progress["time"] != leg.reported:
+            leg.reported = progress["time"]
             view.progress(leg.task, progress)
         for drill in list(drills):
             is_reached = progress.get("stage") == "train" and progress.get("step", -1) >= drill.step
