@@ -52,8 +52,14 @@ class Metrics:
                 raise ConfigError(
                     "train.wandb_project needs the wandb package: pip install 'baton-jobs[wandb]'"
                 ) from error
+            # W&B takes no slash in an id; the same id joins the legs of a task in one run.
+            name = self._run_name.replace("/", "-")
             self._wandb = wandb.init(
-                project=self._wandb_project, name=self._run_name, id=self._run_name, resume="allow"
+                project=self._wandb_project,
+                name=name,
+                id=name,
+                resume="allow",
+                dir=str(self.path.parent),
             )
 
     def write(self, step: int, values: Mapping[str, float], measured: Mapping[str, float]) -> None:
