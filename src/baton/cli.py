@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import logging
@@ -99,6 +100,19 @@ def plan(exp: str, settings: tuple[str, ...], site: str, store: str | None, as_j
     for status in _statuses(root, frozen, tasks):
         does = {"finished": "skip", "running": "leave running"}.get(status.state, "run")
         click.echo(f"  {status.task}: {status.state} -> {does}")
+
+
+@cli.command()
+@click.argument("exp")
+@_SET
+@_SITE
+@_STORE
+def freeze(exp: str, settings: tuple[str, ...], site: str, store: str | None) -> None:
+    """Write an experiment's plan; print its path and, a line each, the tasks meant by EXP."""
+    frozen, tasks = _plan(exp, settings)
+    path = _freeze(frozen, _store_root(_site(site), store))
+    for line in (path.absolute(), *tasks):
+        click.echo(line)
 
 
 @cli.command()
@@ -407,13 +421,16 @@ def _read_plan(path: Path) -> Plan:
 
 def _freeze(frozen: Plan, root: Path) -> Path:
     """Write the plan unless it is there, with what must be looked up once."""
+    from baton.errors import NameTaken
     from baton.plan import pin
     from baton.store.local import LocalStore
 
     store = LocalStore(root / frozen.experiment / frozen.digest)
     path = store.path("plan.json")
     if not path.exists():
-        store.write("plan.json", pin(frozen).to_json())
+        # The elements of an array may all freeze at once: the first one's plan is everybody's.
+        with contextlib.suppress(NameTaken):
+            store.write("plan.json", pin(frozen).to_json(), exclusive=True)
     return path
 
 
