@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,25 @@ from baton.stage import read_progress
 
 
 @dataclass(frozen=True, kw_only=True)
+class JobLeg:
+    """One run of a task's job, as the scheduler remembers it; times are UTC."""
+
+    job: str
+    state: str
+    why: str
+    nodes: str
+    started: str
+    ended: str
+    seconds: int
+    gpus: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class TaskStatus:
-    """One line of `baton status`. `None` is not known (yet)."""
+    """One line of `baton status`. `None` is not known (yet).
+
+    What only a scheduler knows comes last, and is empty where there is none.
+    """
 
     task: str
     state: str
@@ -28,6 +45,9 @@ class TaskStatus:
     eta_seconds: float | None
     durable_step: int | None
     reason: str
+    job: str = ""
+    gpu_hours: float | None = None
+    job_legs: list[JobLeg] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -69,6 +89,8 @@ def _state(legs: Legs, newest: LegRecord | None, *, is_done: bool) -> tuple[str,
         if legs.is_alive(newest, this_runner()):
             return "running", ""
         return "lost", "the leg ended without a word; submit again to go on"
+    if newest.state == "finished":
+        return "stage done", f"{newest.stage} is done, the next stage has not started"
     return newest.state.replace("_", " "), newest.reason
 
 
