@@ -44,6 +44,7 @@ _STORE = click.option(
 _SITE = click.option("--site", default="local", show_default=True, help="A file in launch/.")
 # What submitting does about a task that is not to be started.
 _LEFT_ALONE = {"finished": "skip", "running": "leave running", "pending": "leave in the queue"}
+_AT_MOST_NAMED = 10
 _JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON for programs.")
 
 
@@ -179,8 +180,10 @@ def submit(
         _detach(frozen, root)
         return
     click.echo(f"{frozen.experiment}/{frozen.digest}: {len(waiting)} of {len(tasks)} tasks to run")
-    for task in at_work:
+    for task in at_work[:_AT_MOST_NAMED]:
         click.echo(f"{task}: {states[task]} already, left alone")
+    if at_work[_AT_MOST_NAMED:]:
+        click.echo(f"and {len(at_work) - _AT_MOST_NAMED} more, left alone")
     from baton.console import view
 
     request = _request(_read_plan(path), root, waiting, parsed)

@@ -14,6 +14,7 @@ from baton.status import TaskStatus
 
 # In a task's folder: what all legs print, whoever launches them.
 LOG = "log.txt"
+_LAST_BYTES = 65536
 
 
 @dataclass(frozen=True)
@@ -92,3 +93,15 @@ class Launcher(Protocol):
     def look(self, request: Request, statuses: Sequence[TaskStatus]) -> list[TaskStatus]:
         """What the records say, with what only the place where the tasks run knows."""
         ...
+
+
+def last_error(folder: Path) -> str:
+    """What the last error line in a task's log says; empty if there is none."""
+    path = folder / LOG
+    if not path.exists():
+        return ""
+    with open(path, "rb") as log:
+        log.seek(max(0, path.stat().st_size - _LAST_BYTES))
+        lines = log.read().decode(errors="replace").splitlines()
+    said = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
+    return said[-1] if said else ""

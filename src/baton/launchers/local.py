@@ -17,7 +17,7 @@ from typing import TextIO
 from baton.config.site import LocalSite
 from baton.errors import ConfigError, ExitStatus
 from baton.handover import StopSignal
-from baton.launchers.base import LOG, Drill, Request, View
+from baton.launchers.base import LOG, Drill, Request, View, last_error
 from baton.legs import Legs, this_runner, utc_now
 from baton.record import dump_json
 from baton.runner import CANCELLED, task_store
@@ -242,11 +242,9 @@ class LocalLauncher:
 
 
 def _last_words(store: LocalStore, reason: str) -> str:
-    """Why a leg ended: its record, or the last line it printed when it wrote none."""
-    path = store.root / LOG
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
-    said = [line for line in lines if line.startswith("error: ")]
-    return f": {said[-1].removeprefix('error: ')}" if said else reason
+    """Why a leg ended: the last error it printed, or its record."""
+    said = last_error(store.root)
+    return f": {said}" if said else reason
 
 
 def visible_gpus() -> list[int]:

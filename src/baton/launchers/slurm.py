@@ -21,7 +21,7 @@ from baton.config.home import home
 from baton.config.slurm_site import SlurmSite
 from baton.errors import BatonError, ConfigError, ExitStatus
 from baton.launchers import slurm_commands
-from baton.launchers.base import Request, View
+from baton.launchers.base import Request, View, last_error
 from baton.launchers.batch import COLLECT, Batch, refuse_secrets
 from baton.launchers.chain import Chain, plan_chain
 from baton.launchers.sacct import past, queued
@@ -139,7 +139,15 @@ class SlurmLauncher:
             return list(statuses)
         since = min(record.submitted for record in self._submissions(request).all())
         names = list(tasks_of)
-        return join(statuses, tasks_of, queued(names), past(names, since=since))
+        joined = join(statuses, tasks_of, queued(names), past(names, since=since))
+        return [self._with_last_words(request, status) for status in joined]
+
+    def _with_last_words(self, request: Request, status: TaskStatus) -> TaskStatus:
+        """A leg that failed before it had a record left its reason in the log alone."""
+        if status.state != "failed" or status.legs:
+            return status
+        said = last_error(task_store(request.store_root, request.plan, status.task).root)
+        return replace(status, reason=f"{status.reason}: {said}" if said else status.reason)
 
     def _chain(self, request: Request) -> Chain:
         submissions = self._submissions(request)
@@ -189,10 +197,9 @@ class _Executor(SlurmExecutor):
 
 def script_of(batch: Batch) -> str:
     """The batch script, ready for sbatch."""
-    text = _make_sbatch_string(
+    return _make_sbatch_string(
         command=batch.command(), folder=batch.folder, setup=batch.setup(), **batch.parameters()
     )
-    return text + "\n"
 
 
 def verdict(script: str) -> str:

@@ -126,9 +126,13 @@ def _grace(
         )
     else:
         yield "ok", about, f"a preempted job gets {given} s, grace_seconds is {site.grace_seconds}"
-    if mode == "CANCEL" and site.requeue == "auto":
-        advice = "a leg that was asked in time submits itself again, a killed one does not"
-        yield "note", about, f"PreemptMode=CANCEL: preempted jobs are not requeued; {advice}"
+    if mode == "CANCEL":
+        yield (
+            "note",
+            about,
+            "PreemptMode=CANCEL: Slurm itself ends a preempted job; leg.sh starts it again when it"
+            " was asked in time, a killed leg waits for a person",
+        )
 
 
 def _gpus(partition: str, shapes: list[SlurmSite]) -> Iterator[Check]:
