@@ -340,3 +340,21 @@ def _below(pid: int) -> list[int]:
     for number in found:
         found += children.get(number, [])
     return found
+
+
+def processes_of(job: Job) -> dict[int, int]:
+    """Process numbers of the Python processes of a job, by rank."""
+    found = {}
+    for path in Path("/proc").glob("[0-9]*"):
+        try:
+            words = (path / "cmdline").read_bytes().split(b"\0")
+            variables = (path / "environ").read_bytes().split(b"\0")
+        except (FileNotFoundError, ProcessLookupError, PermissionError):
+            continue
+        # srun and the shell around it have the same words further back.
+        if words[1:4] == [b"-m", b"baton", b"run"] and f"SLURM_JOB_ID={job.number}".encode() in (
+            variables
+        ):
+            rank = next(v for v in variables if v.startswith(b"RANK="))
+            found[int(rank.removeprefix(b"RANK="))] = int(path.name)
+    return found
