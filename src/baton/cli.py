@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import codecs
+import contextlib
 import errno
 import json
 import logging
@@ -11,7 +13,7 @@ import sys
 import time
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
@@ -19,9 +21,13 @@ import baton
 from baton.errors import BatonError, ConfigError, ExitStatus
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from baton.config.site import Site
     from baton.handover import StopSignal
+    from baton.launchers.base import Drill, Request
     from baton.record import Plan
+    from baton.status import TaskStatus
 
 # Imports of everything else stand inside the commands: `baton --help` must not wait for them.
 
@@ -36,6 +42,9 @@ _STORE = click.option(
     "--store", metavar="URL", help="Where bytes live; overrides the site's store."
 )
 _SITE = click.option("--site", default="local", show_default=True, help="A file in launch/.")
+# What submitting does about a task that is not to be started.
+_LEFT_ALONE = {"finished": "skip", "running": "leave running", "pending": "leave in the queue"}
+_AT_MOST_NAMED = 10
 _JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON for programs.")
 
 
@@ -93,12 +102,25 @@ def plan(exp: str, settings: tuple[str, ...], site: str, store: str | None, as_j
     if as_json:
         click.echo(frozen.to_json().decode(), nl=False)
         return
-    root = _store_root(_site(site), store)
+    root = _store_root(site, store)
     click.echo(f"{frozen.experiment}  pipeline {frozen.pipeline}  digest {frozen.digest}")
     click.echo(f"store {root / frozen.experiment / frozen.digest}")
-    for status in _statuses(root, frozen, tasks):
-        does = {"finished": "skip", "running": "leave running"}.get(status.state, "run")
+    for status in _statuses(_site(site), root, frozen, tasks):
+        does = _LEFT_ALONE.get(status.state, "run")
         click.echo(f"  {status.task}: {status.state} -> {does}")
+
+
+@cli.command()
+@click.argument("exp")
+@_SET
+@_SITE
+@_STORE
+def freeze(exp: str, settings: tuple[str, ...], site: str, store: str | None) -> None:
+    """Write an experiment's plan; print its path and, a line each, the tasks meant by EXP."""
+    frozen, tasks = _plan(exp, settings)
+    path = _freeze(frozen, _store_root(site, store))
+    for line in (path.absolute(), *tasks):
+        click.echo(line)
 
 
 @cli.command()
@@ -128,44 +150,50 @@ def submit(
 ) -> None:
     """Run what is missing of an experiment or task, through every handover."""
     from baton.handover import StopSignal
-    from baton.launchers.base import Drill, Request
-    from baton.launchers.local import LocalLauncher
+    from baton.launchers.base import Drill
+    from baton.launchers.choose import launcher_for
 
     frozen, tasks = _plan(exp, settings)
     where = _site(site)
-    root = _store_root(where, store)
+    root = _store_root(site, store)
     parsed = [Drill.parse(text) for text in drills]
     unknown = [drill.task for drill in parsed if drill.task not in tasks]
     if unknown:
         raise ConfigError(
             f"--drill {unknown[0]}: not a task of this submission: {', '.join(tasks)}"
         )
-    states = {s.task: s.state for s in _statuses(root, frozen, tasks)}
-    waiting = [task for task in tasks if states[task] not in ("finished", "running")]
-    at_work = [task for task in tasks if states[task] == "running"]
+    stop = StopSignal()
+    launcher = launcher_for(where, stop=stop, max_parallel=max_parallel)
+    look = _statuses if dry_run else _look
+    states = {s.task: s.state for s in look(where, root, frozen, tasks)}
+    waiting = [task for task in tasks if states[task] not in _LEFT_ALONE]
+    at_work = [task for task in tasks if states[task] in ("running", "pending")]
     if dry_run:
-        _show_dry_run(frozen, states, where, root)
+        path = _plan_path(root, frozen)
+        click.echo(f"would write {path}" if not path.exists() else f"plan {path}")
+        for task in set(tasks) - set(waiting):
+            click.echo(f"would skip: {task} is {states[task]}")
+        click.echo(launcher.preview(_request(frozen, root, waiting)))
         return
     path = _freeze(frozen, root)
-    if detach:
+    if detach and launcher.waits:
         _detach(frozen, root)
         return
-    stop = StopSignal().install()
     click.echo(f"{frozen.experiment}/{frozen.digest}: {len(waiting)} of {len(tasks)} tasks to run")
-    for task in at_work:
-        click.echo(f"{task}: running already, left alone")
+    for task in at_work[:_AT_MOST_NAMED]:
+        click.echo(f"{task}: {states[task]} already, left alone")
+    if at_work[_AT_MOST_NAMED:]:
+        click.echo(f"and {len(at_work) - _AT_MOST_NAMED} more, left alone")
     from baton.console import view
 
-    request = Request(
-        plan=_read_plan(path),
-        plan_path=path,
-        store_root=root,
-        tasks=waiting,
-        drills=parsed,
-    )
+    request = _request(_read_plan(path), root, waiting, parsed)
+    if launcher.waits:
+        stop.install()
     with view() as shown:
-        ended = LocalLauncher(where, stop, max_parallel).submit(request, shown)
-    _finish(ended | dict.fromkeys(at_work, ExitStatus.HANDED_OVER))
+        ended = launcher.submit(request, shown)
+    if launcher.waits:
+        ended |= dict.fromkeys(at_work, ExitStatus.HANDED_OVER)
+    _finish(ended)
 
 
 @cli.command()
@@ -184,6 +212,9 @@ def submit(
     multiple=True,
     help="Go on although this differs from the checkpoint (base, data).",
 )
+@click.option(
+    "--stage", metavar="NAME", envvar="BATON_STAGE", help="The last stage to run; default: all."
+)
 def run(
     plan_or_exp: str,
     task: str,
@@ -191,6 +222,7 @@ def run(
     store: str | None,
     settings: tuple[str, ...],
     allow_changed: tuple[str, ...],
+    stage: str | None,
 ) -> None:
     """Work on one task: what a container, a Slurm job or the local launcher executes.
 
@@ -202,9 +234,8 @@ def run(
     _log_to_stdout()
     from baton.runner import TaskRunner, submission_id, task_store
 
-    where = _site(site)
-    _limit_threads(where)
-    frozen, root = _plan_to_run(plan_or_exp, where, store, settings)
+    _limit_threads(site)
+    frozen, root = _plan_to_run(plan_or_exp, site, store, settings)
     runner = TaskRunner(
         plan=frozen,
         task=frozen.task(task),
@@ -212,6 +243,7 @@ def run(
         stop=stop,
         submission=submission_id(),
         allow_changed=allow_changed,
+        until=stage,
     )
     if sys.stdout.isatty():
         from baton.console import Bars
@@ -235,13 +267,15 @@ def status(
 ) -> None:
     """Where every task stands: state, leg, step, speed, durable step, last reason."""
     frozen, tasks, root = _submitted(exp, settings, site, store)
-    found = _statuses(root, frozen, tasks)
+    found = _statuses(_site(site), root, frozen, tasks)
     if as_json:
         click.echo(json.dumps([s.to_json() for s in found], indent=2))
         return
-    from baton.console import print_table, status_table
+    from baton.console import job_legs_table, print_table, status_table
 
     print_table(status_table(frozen, found))
+    if len(found) == 1 and found[0].job_legs:
+        print_table(job_legs_table(found[0].job_legs))
 
 
 @cli.command()
@@ -252,23 +286,39 @@ def status(
 @click.option("-f", "--follow", is_flag=True, help="Keep printing, across legs, until it ends.")
 def logs(task: str, settings: tuple[str, ...], site: str, store: str | None, follow: bool) -> None:
     """Print the log of a task, all legs in one."""
-    from baton.launchers.local import LOG
+    from baton.launchers.base import LOG
+    from baton.launchers.choose import launcher_for
     from baton.runner import task_store
 
     frozen, tasks, root = _submitted(task, settings, site, store)
     if len(tasks) != 1:
         raise ConfigError(f"logs is about one task; {frozen.experiment} has: {', '.join(tasks)}")
     path = task_store(root, frozen, tasks[0]).root / LOG
-    if not path.exists():
-        raise ConfigError(f"{tasks[0]} has no log yet; it was not started here ({path})")
-    with open(path, encoding="utf-8", errors="replace") as lines:
-        while True:
-            click.echo(lines.read(), nl=False)
-            state = _statuses(root, frozen, tasks)[0].state
-            if not follow or state not in ("running", "handed over", "lost"):
-                click.echo(lines.read(), nl=False)
-                return
+    where = _site(site)
+    launcher = launcher_for(where)
+    text = codecs.getincrementaldecoder("utf-8")("replace")
+    looked, shown = -launcher.look_every_seconds, 0
+    while True:
+        if path.exists():
+            with open(path, "rb") as log:
+                log.seek(shown)
+                more = log.read()
+            shown += len(more)
+            click.echo(text.decode(more), nl=False)
+        if not follow:
+            break
+        # What the records say costs nothing; the launcher is asked now and then.
+        state = _recorded(root, frozen, tasks)[0].state
+        if state != "running" and time.monotonic() - looked >= launcher.look_every_seconds:
+            looked = time.monotonic()
+            state = _statuses(where, root, frozen, tasks)[0].state
+            follow = state in ("running", "pending", "handed over", "stage done", "lost")
+        elif state in ("finished", "cancelled"):
+            follow = False
+        if follow:
             time.sleep(0.5)
+    if not shown:
+        raise ConfigError(f"{tasks[0]} has no log yet; it was not started here ({path})")
 
 
 @cli.command()
@@ -279,22 +329,13 @@ def logs(task: str, settings: tuple[str, ...], site: str, store: str | None, fol
 def cancel(exp: str, settings: tuple[str, ...], site: str, store: str | None) -> None:
     """Stop running tasks with their work saved; submit goes on from there."""
     from baton.console import Lines
-    from baton.handover import StopSignal
-    from baton.launchers.base import Request
-    from baton.launchers.local import LocalLauncher
+    from baton.launchers.choose import launcher_for
 
     frozen, tasks, root = _submitted(exp, settings, site, store)
-    path = root / frozen.experiment / frozen.digest / "plan.json"
-    if not path.exists():
+    if not _plan_path(root, frozen).exists():
         raise ConfigError(f"nothing to cancel: {frozen.experiment} was not submitted to {root}")
-    waiting = [s.task for s in _statuses(root, frozen, tasks) if s.state != "finished"]
-    request = Request(
-        plan=frozen,
-        plan_path=path,
-        store_root=root,
-        tasks=waiting,
-    )
-    LocalLauncher(_site(site), StopSignal()).cancel(request, Lines())
+    waiting = [s.task for s in _recorded(root, frozen, tasks) if s.state != "finished"]
+    launcher_for(_site(site)).cancel(_request(frozen, root, waiting), Lines())
 
 
 @cli.command()
@@ -318,7 +359,7 @@ def collect(
 
     frozen, _, root = _submitted(exp, settings, site, store)
     every = [task.name for task in frozen.tasks]
-    states = {s.task: s.state for s in _statuses(root, frozen, every)}
+    states = {s.task: s.state for s in _recorded(root, frozen, every)}
     place = LocalStore(root / frozen.experiment / frozen.digest)
     target = out or Path("results") / frozen.experiment
     collected = gather(place, frozen, target, states=states)
@@ -347,7 +388,7 @@ def verify_resume(task: str, settings: tuple[str, ...], site: str, store: str | 
     """Train again between a task's last two checkpoints; say whether the bytes are the same."""
     from baton.verify import verify
 
-    _limit_threads(_site(site))
+    _limit_threads(site)
     frozen, tasks, root = _submitted(task, settings, site, store)
     if len(tasks) != 1:
         raise ConfigError(f"verify-resume is about one task; name one of: {', '.join(tasks)}")
@@ -357,6 +398,21 @@ def verify_resume(task: str, settings: tuple[str, ...], site: str, store: str | 
     verdict = verify(frozen, frozen.task(tasks[0]), root, stop)
     click.echo(verdict.text)
     sys.exit(ExitStatus.FINISHED if verdict.identical else ExitStatus.FAILED)
+
+
+@cli.command()
+@_SITE
+@_STORE
+def doctor(site: str, store: str | None) -> None:
+    """Check a site from here, and say what to mend."""
+    from baton.doctor import examine, exit_status
+
+    where = _site(site)
+    findings = []
+    for finding in examine(where, _store_root(site, store)):
+        findings.append(finding)
+        click.echo(finding.text)
+    sys.exit(exit_status(findings))
 
 
 # --- what the commands share ---------------------------------------------------------------
@@ -376,9 +432,12 @@ def _plan(exp: str, settings: tuple[str, ...]) -> tuple[Plan, list[str]]:
 def _submitted(
     exp: str, settings: tuple[str, ...], site: str, store: str | None
 ) -> tuple[Plan, list[str], Path]:
-    """The plan as it was frozen at its submission, if it was."""
+    """The plan as it was frozen at its submission, if it was; EXP may be that plan.json."""
+    if exp.endswith(".json"):
+        frozen, root = _plan_to_run(exp, site, store, settings)
+        return frozen, [task.name for task in frozen.tasks], root
     frozen, tasks = _plan(exp, settings)
-    root = _store_root(_site(site), store)
+    root = _store_root(site, store)
     path = root / frozen.experiment / frozen.digest / "plan.json"
     if path.exists():
         return _read_plan(path), tasks, root
@@ -407,23 +466,28 @@ def _read_plan(path: Path) -> Plan:
 
 def _freeze(frozen: Plan, root: Path) -> Path:
     """Write the plan unless it is there, with what must be looked up once."""
+    from baton.errors import NameTaken
     from baton.plan import pin
     from baton.store.local import LocalStore
 
     store = LocalStore(root / frozen.experiment / frozen.digest)
     path = store.path("plan.json")
     if not path.exists():
-        store.write("plan.json", pin(frozen).to_json())
+        # The elements of an array may all freeze at once: the first one's plan is everybody's.
+        with contextlib.suppress(NameTaken):
+            store.write("plan.json", pin(frozen).to_json(), exclusive=True)
     return path
 
 
-def _limit_threads(site: Site) -> None:
+def _limit_threads(site: str) -> None:
     """Compute with as many threads as the site's other legs, before torch is imported."""
-    os.environ.setdefault("OMP_NUM_THREADS", str(site.threads))
+    # Whoever starts a leg on another machine has said so, and has no site file there.
+    if "OMP_NUM_THREADS" not in os.environ:
+        os.environ["OMP_NUM_THREADS"] = str(_site(site).threads)
 
 
 def _plan_to_run(
-    plan_or_exp: str, site: Site, store: str | None, settings: tuple[str, ...]
+    plan_or_exp: str, site: str, store: str | None, settings: tuple[str, ...]
 ) -> tuple[Plan, Path]:
     path = Path(plan_or_exp)
     if path.suffix != ".json":
@@ -442,12 +506,43 @@ def _plan_to_run(
     return frozen, found.parents[len(inside.parts) - 1]
 
 
-def _statuses(root: Path, frozen: Plan, tasks: list[str]) -> list[Any]:
+def _plan_path(root: Path, frozen: Plan) -> Path:
+    return root / frozen.experiment / frozen.digest / "plan.json"
+
+
+def _request(
+    frozen: Plan, root: Path, tasks: Sequence[str], drills: Sequence[Drill] = ()
+) -> Request:
+    from baton.launchers.base import Request
+
+    path = _plan_path(root, frozen)
+    return Request(plan=frozen, plan_path=path, store_root=root, tasks=tasks, drills=drills)
+
+
+def _recorded(root: Path, frozen: Plan, tasks: Sequence[str]) -> list[TaskStatus]:
+    """Where the tasks stand as far as the records know."""
     from baton.pipelines import PIPELINES
     from baton.status import status_of
 
     stages = PIPELINES[frozen.pipeline]().stage_names
     return [status_of(root, frozen, stages, task) for task in tasks]
+
+
+def _look(where: Site, root: Path, frozen: Plan, tasks: Sequence[str]) -> list[TaskStatus]:
+    """Where the tasks stand, with what the site's scheduler knows."""
+    from baton.launchers.choose import launcher_for
+
+    recorded = _recorded(root, frozen, tasks)
+    return launcher_for(where).look(_request(frozen, root, tasks), recorded)
+
+
+def _statuses(where: Site, root: Path, frozen: Plan, tasks: Sequence[str]) -> list[TaskStatus]:
+    """As `_look`, but a scheduler that is out of reach is no reason to show nothing."""
+    try:
+        return _look(where, root, frozen, tasks)
+    except BatonError as error:
+        click.echo(f"note: only what the records say; {error}", err=True)
+        return _recorded(root, frozen, tasks)
 
 
 def _site(name: str) -> Site:
@@ -456,10 +551,10 @@ def _site(name: str) -> Site:
     return load_site(name)
 
 
-def _store_root(site: Site, store: str | None) -> Path:
+def _store_root(site: str, store: str | None) -> Path:
     from baton.store.open import open_store
 
-    return Path(open_store(site.store if store is None else store).url)
+    return Path(open_store(_site(site).store if store is None else store).url)
 
 
 def _stop_signal() -> StopSignal:
@@ -493,22 +588,6 @@ def _log_to_stdout() -> None:
         datefmt="%Y-%m-%dT%H:%M:%S",
     )
     logging.getLogger("baton").setLevel(logging.INFO)
-
-
-def _show_dry_run(frozen: Plan, states: dict[str, str], site: Site, root: Path) -> None:
-    path = root / frozen.experiment / frozen.digest / "plan.json"
-    click.echo(f"would write {path}" if not path.exists() else f"plan {path}")
-    for task, state in states.items():
-        if state in ("finished", "running"):
-            click.echo(f"would skip: {task} is {state}")
-        else:
-            click.echo(f"would run: baton run {path} --task {task} --store {root}")
-    processes = "1 process" if site.processes == 1 else f"{site.processes} processes"
-    threads = "1 thread" if site.threads == 1 else f"{site.threads} threads"
-    click.echo(
-        f"site {site.launcher}: a task is {processes} of {threads}, {site.grace_seconds:g} s grace;"
-        " nothing was started"
-    )
 
 
 def _detach(frozen: Plan, root: Path) -> None:

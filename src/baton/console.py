@@ -13,7 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
 from baton.record import Plan
-from baton.status import TaskStatus
+from baton.status import JobLeg, TaskStatus
 
 # On anything but a terminal, one line a task in so many seconds is enough.
 _LINE_EVERY_SECONDS = 30.0
@@ -122,25 +122,32 @@ def print_table(table: Table) -> None:
 def status_table(plan: Plan, statuses: Sequence[TaskStatus]) -> Table:
     """The table of `baton status`."""
     table = Table(title=f"{plan.experiment}/{plan.digest}", title_justify="left")
-    for name in (
-        "task",
-        "state",
-        "legs",
-        "stage",
-        "step",
-        "tok/s",
-        "ETA",
-        "durable",
-        "last reason",
-    ):
-        right = name in ("legs", "done", "tok/s", "ETA", "durable")
+    names = ["task", "state", "legs", "stage", "step", "tok/s", "ETA", "durable"]
+    has_jobs = any(s.job for s in statuses)
+    names += ["job", "GPU-h"] if has_jobs else []
+    for name in (*names, "last reason"):
+        right = name in ("legs", "done", "tok/s", "ETA", "durable", "GPU-h")
         table.add_column(name, justify="right" if right else "left", overflow="fold")
     for s in statuses:
         speed = f"{s.tokens_per_s:,.0f}" if s.tokens_per_s else ""
         step = "" if s.step is None else f"{s.step}/{s.total} {s.unit}"
         durable = "" if s.durable_step is None else str(s.durable_step)
-        cells = (s.task, s.state, str(s.legs), s.stage, step, speed, duration(s.eta_seconds))
-        table.add_row(*map(escape, (*cells, durable, s.reason)))
+        cells = [s.task, s.state, str(s.legs), s.stage, step, speed, duration(s.eta_seconds)]
+        cells += [durable]
+        if has_jobs:
+            cells += [s.job, "" if s.gpu_hours is None else f"{s.gpu_hours:,.2f}"]
+        table.add_row(*map(escape, (*cells, s.reason)))
+    return table
+
+
+def job_legs_table(legs: Sequence[JobLeg]) -> Table:
+    """Every leg of a task as the scheduler remembers it."""
+    table = Table(title="legs, as Slurm remembers them (UTC)", title_justify="left")
+    for name in ("job", "state", "why it ended", "nodes", "started", "ended", "lasted", "GPUs"):
+        table.add_column(name, justify="right" if name in ("lasted", "GPUs") else "left")
+    for leg in legs:
+        cells = (leg.job, leg.state, leg.why, leg.nodes, leg.started, leg.ended)
+        table.add_row(*map(escape, (*cells, duration(leg.seconds), str(leg.gpus))))
     return table
 
 

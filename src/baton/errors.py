@@ -12,6 +12,7 @@
     │   ├── NameMissing              there is nothing under this name
     │   ├── NameTaken                an exclusive write found the name in use
     │   └── DamagedError             bytes are there, but not the ones the manifest promises
+    ├── SchedulerError               Slurm does not answer, or does not take the job for now
     └── NonFiniteError               the loss or a gradient is NaN or infinite
 
 Exit statuses of every command that works on a task are in `ExitStatus`; nothing else in
@@ -87,6 +88,10 @@ class NameTaken(StoreError):
 
 class DamagedError(StoreError):
     """Bytes are there, but not the ones the manifest promises."""
+
+
+class SchedulerError(BatonError):
+    """Slurm does not answer, or does not take the job for now."""
 
 
 class NonFiniteError(BatonError):

@@ -36,7 +36,10 @@ def done_marker(stage: str) -> str:
 
 @dataclass(kw_only=True)
 class TaskRunner:
-    """Works on one task until it is finished or has to hand over."""
+    """Works on one task until it is finished or has to hand over.
+
+    `until` is the last stage to run; the task is then finished as far as this runner goes.
+    """
 
     plan: Plan
     task: TaskPlan
@@ -44,6 +47,7 @@ class TaskRunner:
     stop: StopSignal
     submission: str
     allow_changed: Sequence[str] = ()
+    until: str | None = None
     on_progress: Callable[[Mapping[str, Any]], None] | None = None
     now: Callable[[], str] = utc_now
 
@@ -57,7 +61,7 @@ class TaskRunner:
         pipeline = PIPELINES[self.plan.pipeline]()
         # Decoded before anything is claimed: a plan of an older baton may not fit this one.
         config: Any = decode(pipeline.config, self.task.config, where=f"plan {self.plan.digest}")
-        self.stages = pipeline.stage_names
+        self.stages = _up_to(self.until, pipeline.stage_names, self.name)
         if self._next_stage() is None:
             log.info("finished already task=%s", self.task.name)
             return ExitStatus.FINISHED
@@ -71,7 +75,8 @@ class TaskRunner:
             leg = self._open(legs, config, peers)
             try:
                 with leg.heartbeat():
-                    outcome = self._run_stages(leg, pipeline.load_stages())
+                    stages = pipeline.load_stages()[: len(self.stages)]
+                    outcome = self._run_stages(leg, stages)
             except BaseException as error:
                 raised = self._reason_behind(leg, error)
                 self._close(legs, leg, "failed", f"{type(raised).__name__}: {raised}", raised)
@@ -235,6 +240,14 @@ class TaskRunner:
         steps = [int(path.parent.name.removeprefix("step-")) for path in manifests]
         shards = sum(1 for _ in self.store.root.glob(f"{stage}/shards/*"))
         return [done, max(steps, default=0), shards]
+
+
+def _up_to(stage: str | None, stages: tuple[str, ...], task: str) -> tuple[str, ...]:
+    if stage is None:
+        return stages
+    if stage not in stages:
+        raise ConfigError(f"{task} has no stage {stage!r}; it has: {', '.join(stages)}")
+    return stages[: stages.index(stage) + 1]
 
 
 @contextlib.contextmanager

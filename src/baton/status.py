@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,25 @@ from baton.stage import read_progress
 
 
 @dataclass(frozen=True, kw_only=True)
+class JobLeg:
+    """One run of a task's job, as the scheduler remembers it; times are UTC."""
+
+    job: str
+    state: str
+    why: str
+    nodes: str
+    started: str
+    ended: str
+    seconds: int
+    gpus: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class TaskStatus:
-    """One line of `baton status`. `None` is not known (yet)."""
+    """One line of `baton status`. `None` is not known (yet).
+
+    What only a scheduler knows comes last, and is empty where there is none.
+    """
 
     task: str
     state: str
@@ -28,6 +45,9 @@ class TaskStatus:
     eta_seconds: float | None
     durable_step: int | None
     reason: str
+    job: str = ""
+    gpu_hours: float | None = None
+    job_legs: list[JobLeg] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -41,7 +61,9 @@ def status_of(root: Path, plan: Plan, stages: Sequence[str], task: str) -> TaskS
     newest = history[-1] if history else None
     progress = read_progress(store.root)
     done = [stage for stage in stages if store.path(done_marker(stage)).exists()]
-    state, reason = _state(legs, newest, is_done=len(done) == len(stages))
+    state, reason = _state(legs, newest, done)
+    if len(done) == len(stages):
+        state, reason = "finished", ""
     if state != "finished" and store.path(CANCELLED).exists() and state != "running":
         state = "cancelled"
     is_running = state == "running"
@@ -60,9 +82,8 @@ def status_of(root: Path, plan: Plan, stages: Sequence[str], task: str) -> TaskS
     )
 
 
-def _state(legs: Legs, newest: LegRecord | None, *, is_done: bool) -> tuple[str, str]:
-    if is_done:
-        return "finished", ""
+def _state(legs: Legs, newest: LegRecord | None, done: Sequence[str]) -> tuple[str, str]:
+    """State and reason of a task whose stages are not all `done`."""
     if newest is None:
         return "not started", ""
     if newest.state == "active":
@@ -70,6 +91,8 @@ def _state(legs: Legs, newest: LegRecord | None, *, is_done: bool) -> tuple[str,
             return "running", ""
         return "lost", "the leg ended without a word; submit again to go on"
     if newest.state == "finished":
+        if newest.stage in done:
+            return "stage done", f"{newest.stage} is done, the next stage has not started"
         return "incomplete", "files of a finished stage are gone; submit again to make them anew"
     return newest.state.replace("_", " "), newest.reason
 

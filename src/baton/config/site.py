@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from baton.config.decode import at_least, decode
 from baton.config.experiment import available, nearest
 from baton.config.home import launch_folder
+from baton.config.slurm_site import SlurmSite
 from baton.config.yaml import load_yaml
 from baton.errors import ConfigError
 
@@ -36,7 +37,7 @@ class LocalSite:
     env: dict[str, str] = field(default_factory=dict)
 
 
-Site = LocalSite
+Site = LocalSite | SlurmSite
 
 
 def load_site(name: str) -> Site:
@@ -46,4 +47,6 @@ def load_site(name: str) -> Site:
     if not path.exists():
         raise ConfigError(f"no site {name!r} in {folder}; {nearest(name, available(folder))}")
     document = load_yaml(path)
-    return decode(LocalSite, document.data, document=document)
+    kind: Any = Site
+    site: Site = decode(kind, document.data, document=document)
+    return site

@@ -10,6 +10,11 @@ from typing import Any, Protocol
 
 from baton.errors import ConfigError, ExitStatus
 from baton.record import Plan
+from baton.status import TaskStatus
+
+# In a task's folder: what all legs print, whoever launches them.
+LOG = "log.txt"
+_LAST_BYTES = 65536
 
 
 @dataclass(frozen=True)
@@ -61,7 +66,17 @@ class View(Protocol):
 
 
 class Launcher(Protocol):
-    """Two methods; everything else a launcher does is its own affair."""
+    """Starts and stops tasks somewhere; everything else a launcher does is its own affair."""
+
+    @property
+    def waits(self) -> bool:
+        """Does `submit` return only when the tasks have ended?"""
+        ...
+
+    @property
+    def look_every_seconds(self) -> float:
+        """How often a person who follows a task may ask `look` without being a nuisance."""
+        ...
 
     def submit(self, request: Request, view: View) -> dict[str, ExitStatus]:
         """Start the tasks; returns how each ended, as far as it waits for them."""
@@ -70,3 +85,23 @@ class Launcher(Protocol):
     def cancel(self, request: Request, view: View) -> None:
         """Stop the tasks with their work saved, and do not start them again."""
         ...
+
+    def preview(self, request: Request) -> str:
+        """What `submit` would do, for people; starts nothing."""
+        ...
+
+    def look(self, request: Request, statuses: Sequence[TaskStatus]) -> list[TaskStatus]:
+        """What the records say, with what only the place where the tasks run knows."""
+        ...
+
+
+def last_error(folder: Path) -> str:
+    """What the last error line in a task's log says; empty if there is none."""
+    path = folder / LOG
+    if not path.exists():
+        return ""
+    with open(path, "rb") as log:
+        log.seek(max(0, path.stat().st_size - _LAST_BYTES))
+        lines = log.read().decode(errors="replace").splitlines()
+    said = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
+    return said[-1] if said else ""

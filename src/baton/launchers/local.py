@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TextIO
@@ -16,17 +17,17 @@ from typing import TextIO
 from baton.config.site import LocalSite
 from baton.errors import ConfigError, ExitStatus
 from baton.handover import StopSignal
-from baton.launchers.base import Drill, Request, View
+from baton.launchers.base import LOG, Drill, Request, View, last_error
 from baton.legs import Legs, this_runner, utc_now
 from baton.record import dump_json
 from baton.runner import CANCELLED, task_store
 from baton.stage import read_progress
+from baton.status import TaskStatus
 from baton.store.local import LocalStore
 
 _POLL_SECONDS = 0.05
 # A drill must hit its step even in a run whose steps take milliseconds.
 _DRILL_SECONDS = 0.01
-LOG = "log.txt"
 
 
 @dataclass
@@ -65,6 +66,8 @@ class LocalLauncher:
     stop: StopSignal
     max_parallel: int | None = None
     gpus: list[int] = field(default_factory=lambda: visible_gpus())
+    waits: bool = True
+    look_every_seconds: float = 0.5
 
     def submit(self, request: Request, view: View) -> dict[str, ExitStatus]:
         """Run the tasks to their end, through as many handovers as it takes."""
@@ -121,6 +124,19 @@ class LocalLauncher:
             else:
                 os.kill(newest.runner.pid, signal.SIGTERM)
                 view.event(task, f"leg {newest.number} was asked to stop; its work is saved")
+
+    def preview(self, request: Request) -> str:
+        """The command of every task, and what each gets."""
+        path, root, site = request.plan_path, request.store_root, self.site
+        lines = [f"would run: baton run {path} --task {t} --store {root}" for t in request.tasks]
+        processes = "1 process" if site.processes == 1 else f"{site.processes} processes"
+        threads = "1 thread" if site.threads == 1 else f"{site.threads} threads"
+        shape = f"a task is {processes} of {threads}, {site.grace_seconds:g} s grace"
+        return "\n".join([*lines, f"site local: {shape}; nothing was started"])
+
+    def look(self, request: Request, statuses: Sequence[TaskStatus]) -> list[TaskStatus]:
+        """The records are all there is to know here."""
+        return list(statuses)
 
     def _slots(self) -> int:
         if self.max_parallel is not None:
@@ -233,11 +249,9 @@ class LocalLauncher:
 
 
 def _last_words(store: LocalStore, reason: str) -> str:
-    """Why a leg ended: its record, or the last line it printed when it wrote none."""
-    path = store.root / LOG
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
-    said = [line for line in lines if line.startswith("error: ")]
-    return f": {said[-1].removeprefix('error: ')}" if said else reason
+    """Why a leg ended: the last error it printed, or its record."""
+    said = last_error(store.root)
+    return f": {said}" if said else reason
 
 
 def visible_gpus() -> list[int]:

@@ -1,0 +1,102 @@
+"""The jobs of one submission: a single array, or one a stage where the site says so."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from baton.config.slurm_site import SlurmSite
+from baton.errors import ConfigError
+from baton.launchers.base import Request
+from baton.launchers.batch import COLLECT, Batch
+from baton.launchers.submissions import Submission, Submissions, SubmittedJob
+from baton.pipelines import PIPELINES
+from baton.runner import done_marker, task_store
+
+
+@dataclass(frozen=True)
+class Chain:
+    """What is to be submitted: the record of it, and a batch for each of its jobs, in order."""
+
+    submission: Submission
+    batches: Sequence[Batch]
+
+    def waits_for(self, place: int, number: str) -> str | None:
+        """The dependency of one job on the job before it, which has this number."""
+        if place == 0:
+            return None
+        # aftercorr: each element waits for the same element alone. The report is for what is
+        # there, whatever became of the tasks.
+        kind = "afterany" if self.batches[place].stage == COLLECT else "aftercorr"
+        return f"{kind}:{number}"
+
+    def cost(self) -> str:
+        """What the first leg of everything asks for at most."""
+        hours = sum(batch.gpu_hours for batch in self.batches)
+        tasks = len(self.submission.tasks)
+        text = f"{tasks} task{'' if tasks == 1 else 's'}, at most {hours:,.1f} GPU-hours"
+        prices = [batch.price for batch in self.batches if batch.price is not None]
+        if prices:
+            text += f" ({sum(prices):,.2f} at the site's price)"
+        return f"{text}; as much again for each further leg"
+
+
+def plan_chain(
+    request: Request, site: SlurmSite, submissions: Submissions, home: Path, most: int | None
+) -> Chain:
+    """Cut the tasks' stages into jobs; `most` tasks at once, if the caller has a wish."""
+    number = submissions.next_number()
+    folder = submissions.folder(number)
+    prefix = f"{request.plan.experiment}/{request.plan.digest}"
+    stages = _last_stages(request, site) + ([COLLECT] if site.collect else [])
+    batches = [
+        Batch(
+            site=_site_of(stage, site),
+            name=submissions.job_name(prefix, number, stage),
+            stage=stage,
+            elements=1 if stage == COLLECT else len(request.tasks),
+            max_parallel=most,
+            plan_path=request.plan_path,
+            store_root=request.store_root,
+            tasks_file=folder / "tasks.txt",
+            folder=folder,
+            home=home,
+        )
+        for stage in stages
+    ]
+    jobs = [SubmittedJob(name=batch.name, stage=batch.stage) for batch in batches]
+    submitted = submissions.now()
+    record = Submission(number=number, submitted=submitted, tasks=list(request.tasks), jobs=jobs)
+    return Chain(record, batches)
+
+
+def _site_of(stage: str, site: SlurmSite) -> SlurmSite:
+    if stage == COLLECT and COLLECT not in site.stages:
+        return site.without_gpu()
+    return site.for_stage(stage) if stage else site
+
+
+def _last_stages(request: Request, site: SlurmSite) -> list[str]:
+    """The last stage of each job; a single job has none: it runs all there are."""
+    names = PIPELINES[request.plan.pipeline]().stage_names
+    unknown = [stage for stage in site.stages if stage not in (*names, COLLECT)]
+    if unknown:
+        raise ConfigError(
+            f"stages.{unknown[0]}: {request.plan.pipeline} has the stages {', '.join(names)}"
+        )
+    own = [stage for stage in names if stage in site.stages]
+    if not own:
+        return [""]
+    # A stage with a job of its own also ends the job before it.
+    following = (*names[1:], None)
+    ends = [
+        stage
+        for stage, then in zip(names, following, strict=True)
+        if stage in own or then in own or then is None
+    ]
+    stores = [task_store(request.store_root, request.plan, task) for task in request.tasks]
+    # What every task has behind it needs no job any more.
+    while len(ends) > 1 and all(store.path(done_marker(ends[0])).exists() for store in stores):
+        ends.pop(0)
+    return ends

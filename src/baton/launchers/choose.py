@@ -1,0 +1,20 @@
+"""Which launcher a site means: the one place that asks."""
+
+from __future__ import annotations
+
+from baton.config.site import LocalSite, Site
+from baton.handover import StopSignal
+from baton.launchers.base import Launcher
+
+
+def launcher_for(
+    site: Site, *, stop: StopSignal | None = None, max_parallel: int | None = None
+) -> Launcher:
+    """The launcher of a site; `stop` ends a launcher that waits for its tasks."""
+    if isinstance(site, LocalSite):
+        from baton.launchers.local import LocalLauncher
+
+        return LocalLauncher(site, stop or StopSignal(), max_parallel)
+    from baton.launchers.slurm import SlurmLauncher
+
+    return SlurmLauncher(site, max_parallel)

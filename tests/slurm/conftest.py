@@ -1,0 +1,55 @@
+"""One real Slurm for all tests of a pytest worker, and the runs they are compared with."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+# With --import-mode=importlib the tests' own folder is not on the path.
+sys.path.insert(0, str(Path(__file__).parent))
+
+from cluster import LONG, Cluster, NotInstalled, Task, run_locally, words_of
+
+
+@pytest.fixture(scope="session")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """Fails, rather than skips, where Slurm is not installed: these tests have no substitute."""
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    started = Cluster(tmp_path_factory.mktemp("slurm"), port=17200 + 100 * worker)
+    try:
+        started.start()
+    except NotInstalled as error:
+        pytest.fail(str(error), pytrace=False)
+    yield started
+    started.stop()
+
+
+@pytest.fixture
+def slurm(cluster: Cluster) -> Iterator[Cluster]:
+    """The cluster as most sites are not: RequeueExit and the user signal are set."""
+    yield cluster
+    cluster("scancel", "-u", "root")
+    for job in cluster("squeue", "-h", "-o", "%A").split():
+        cluster("scancel", "--signal=KILL", "--full", job)
+    from cluster import until
+
+    until(lambda: not cluster("squeue", "-h"), "the last test's jobs to be gone")
+    cluster.configure()
+
+
+@pytest.fixture(scope="session")
+def reference(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Task]:
+    """The long task without interruption, once for each number of processes."""
+    done: dict[int, Task] = {}
+
+    def run(processes: int = 1) -> Task:
+        if processes not in done:
+            store = tmp_path_factory.mktemp(f"reference-{processes}")
+            done[processes] = run_locally(store, words_of(LONG), "lora_long", processes)
+        return done[processes]
+
+    return run
