@@ -5,6 +5,8 @@ from __future__ import annotations
 import datetime
 import json
 import re
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -437,3 +439,23 @@ def test_a_thousand_tasks_are_planned_and_submitted_in_ten_seconds(site: Any) ->
     assert len(site.calls("sbatch")) == 1
     assert "--array=0-999%1000\n" in site.script(70)
     assert len(site.script(70)) < 5000
+
+
+def test_a_stage_to_run_up_to_must_be_one_of_the_pipelines(site: Any) -> None:
+    words = ["run", "trial", "--task", "one", "--site", "here", "--stage", "evaluate"]
+    ended = subprocess.run(
+        [sys.executable, "-m", "baton", *words], capture_output=True, text=True, check=False
+    )
+    assert ended.returncode == 78
+    assert ended.stderr == ("error: trial/one has no stage 'evaluate'; it has: data, train, eval\n")
+
+
+def test_the_launcher_and_doctor_need_no_torch() -> None:
+    program = "import sys, baton.launchers.slurm, baton.doctor, baton.launchers.slurm_checks"
+    program += (
+        "; print([name for name in ('torch', 'transformers', 'rich') if name in sys.modules])"
+    )
+    ended = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    assert ended.stdout == "[]\n"
