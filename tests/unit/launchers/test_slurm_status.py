@@ -132,6 +132,9 @@ def test_a_finished_task_is_finished_whatever_slurm_says(submitted: Any) -> None
 
 def test_a_stage_that_is_done_is_not_a_finished_task(submitted: Any) -> None:
     leg(submitted, "one", state="finished", stage="data", reason="")
+    [plan] = submitted.home.glob("runs/trial/*/plan.json")
+    (plan.parent / "tasks" / "one" / "data").mkdir(parents=True)
+    (plan.parent / "tasks" / "one" / "data" / "done.json").write_text("{}")
     row = status(submitted)["one"]
     assert row["state"] == "stage done"
     assert row["reason"] == "data is done, the next stage has not started"
