@@ -10,7 +10,7 @@ PYTHON ?= python3
 TORCH_INDEX ?=
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo check test test-fast kill-storm submit status collect format clean
+.PHONY: setup demo check test test-fast test-slurm kill-storm submit status collect format clean
 
 $(STAMP): pyproject.toml images/requirements.lock
 	$(PYTHON) -m venv $(VENV)
@@ -29,10 +29,14 @@ check: setup  ## style, types, layers and shell scripts
 	git ls-files '*.sh' '.ci/run' | xargs -r $(BIN)/shellcheck
 
 test: setup check  ## everything that needs no GPU
-	$(BIN)/python -m pytest -q -n 2 $(ARGS)
+	$(BIN)/python -m pytest -q -n 2 --ignore tests/slurm $(ARGS)
 
 test-fast: setup  ## the tests that take seconds
-	$(BIN)/python -m pytest -q -n 2 -m "not slow" $(ARGS)
+	$(BIN)/python -m pytest -q -n 2 -m "not slow" --ignore tests/slurm $(ARGS)
+
+test-slurm: setup  ## install a real Slurm from apt, boot it, run the Slurm tests, stop it
+	bash tests/services/slurm_install.sh
+	$(BIN)/python -m pytest -q tests/slurm $(ARGS)
 
 kill-storm: setup  ## kill smoke tasks N times at random moments; compare every byte at the end
 	$(BIN)/python tests/handover/kill_storm.py --kills $(N) $(ARGS)
