@@ -6,6 +6,8 @@
 #
 # It must be the batch script or be `exec`ed by it: `--signal=B:…` signals that one process.
 # Settings are exported variables; README.md beside this file lists them.
+#
+# Everything is in functions: bash reads a script while it runs it, and a leg may last for days.
 set -euo pipefail
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
@@ -96,8 +98,6 @@ start_again() {
   if [ "$requeue_how" = auto ]; then
     # Said before, because a requeue kills this script at once.
     note "verdict=requeued by=leg.sh"
-    # --no-requeue and JobRequeue=0 are defaults, which a job's owner may change.
-    scontrol update jobid="$job" requeue=1 >/dev/null 2>&1 || true
     if refused=$(scontrol requeue "$job" 2>&1); then exit 75; fi
     # Slurm may have done it between the question and the order.
     if was_requeued; then exit 75; fi
@@ -251,95 +251,104 @@ frozen_plan() {
   tail -n +2 "$record"
 }
 
-baton=() step=() status=0
-if [ $# = 0 ]; then stop_for_good "usage: leg.sh PLAN_JSON [TASK], or leg.sh EXP"; fi
-# An exported token is kept by Slurm with the job; one in a file that only its owner reads is not.
-if [ -n "${BATON_ENV_FILE:-}" ]; then
-  while IFS= read -r line; do
-    if [[ $line =~ ^[A-Za-z_][A-Za-z_0-9]*= ]]; then export "${line?}"; fi
-  done <"$BATON_ENV_FILE"
-fi
-if [[ $1 == *.json ]]; then
-  plan=$1 task=${2:-}
-  read -ra tasks <<<"${BATON_TASKS:-}"
-else
-  frozen=$(frozen_plan "$@") || status=$?
-  if [ -n "$asked" ]; then start_again 75; fi
-  if [ "$status" != 0 ]; then
-    note "verdict=failed status=$status reason='the plan could not be frozen'"
-    exit "$status"
+main() {
+  baton=() step=() status=0
+  # --no-requeue and JobRequeue=0 are defaults, which a job's owner may change while it runs; once
+  # Slurm is ending it, for a preemption, it is too late.
+  if [ "$requeue_how" = auto ]; then
+    scontrol update jobid="$job" requeue=1 >/dev/null 2>&1 || true
   fi
-  mapfile -t tasks <<<"$frozen"
-  plan=${tasks[0]} tasks=("${tasks[@]:1}")
-fi
-if [ -z "$task" ]; then
-  if [ -z "${SLURM_ARRAY_TASK_ID:-}" ] && [ ${#tasks[@]} != 1 ]; then
-    stop_for_good "${#tasks[@]} tasks (${tasks[*]}): name one, or sbatch --array=0-$((${#tasks[@]} - 1))"
+  if [ $# = 0 ]; then stop_for_good "usage: leg.sh PLAN_JSON [TASK], or leg.sh EXP"; fi
+  # An exported token is kept by Slurm with the job; one in a file that only its owner reads is not.
+  if [ -n "${BATON_ENV_FILE:-}" ]; then
+    while IFS= read -r line; do
+      if [[ $line =~ ^[A-Za-z_][A-Za-z_0-9]*= ]]; then export "${line?}"; fi
+    done <"$BATON_ENV_FILE"
   fi
-  task=${tasks[${SLURM_ARRAY_TASK_ID:-0}]:-}
+  if [[ $1 == *.json ]]; then
+    plan=$1 task=${2:-}
+    read -ra tasks <<<"${BATON_TASKS:-}"
+  else
+    frozen=$(frozen_plan "$@") || status=$?
+    if [ -n "$asked" ]; then start_again 75; fi
+    if [ "$status" != 0 ]; then
+      note "verdict=failed status=$status reason='the plan could not be frozen'"
+      exit "$status"
+    fi
+    mapfile -t tasks <<<"$frozen"
+    plan=${tasks[0]} tasks=("${tasks[@]:1}")
+  fi
   if [ -z "$task" ]; then
-    stop_for_good "no task for array index $SLURM_ARRAY_TASK_ID: ${#tasks[@]} tasks (${tasks[*]})"
+    if [ -z "${SLURM_ARRAY_TASK_ID:-}" ] && [ ${#tasks[@]} != 1 ]; then
+      stop_for_good "${#tasks[@]} tasks (${tasks[*]}): name one, or sbatch --array=0-$((${#tasks[@]} - 1))"
+    fi
+    task=${tasks[${SLURM_ARRAY_TASK_ID:-0}]:-}
+    if [ -z "$task" ]; then
+      stop_for_good "no task for array index $SLURM_ARRAY_TASK_ID: ${#tasks[@]} tasks (${tasks[*]})"
+    fi
   fi
-fi
-if [ ! -f "$plan" ]; then stop_for_good "there is no plan $plan"; fi
-if [ -z "${SLURM_NTASKS:-}" ] && [ "${SLURM_GPUS_ON_NODE:-1}" -gt 1 ]; then
-  stop_for_good "one process for $SLURM_GPUS_ON_NODE GPUs a node; add --ntasks-per-node=$SLURM_GPUS_ON_NODE"
-fi
+  if [ ! -f "$plan" ]; then stop_for_good "there is no plan $plan"; fi
+  if [ -z "${SLURM_NTASKS:-}" ] && [ "${SLURM_GPUS_ON_NODE:-1}" -gt 1 ]; then
+    stop_for_good "one process for $SLURM_GPUS_ON_NODE GPUs a node; add --ntasks-per-node=$SLURM_GPUS_ON_NODE"
+  fi
 
-# --- the leg --------------------------------------------------------------------------------
+  # --- the leg --------------------------------------------------------------------------------
 
-folder=$(dirname "$plan")/tasks/$task
-log=$folder/log.txt failures=$folder/.slurm-failures
-mkdir -p "$folder/.rendezvous"
-note "log=$log"
-exec >>"$log" 2>&1
+  folder=$(dirname "$plan")/tasks/$task
+  log=$folder/log.txt failures=$folder/.slurm-failures
+  mkdir -p "$folder/.rendezvous"
+  note "log=$log"
+  exec >>"$log" 2>&1
 
-# The processes meet at a file of this leg alone: no port and no host has to be known before.
-rm -f "$folder/.rendezvous"/*
-export BATON_RENDEZVOUS=file://$folder/.rendezvous/$job.${SLURM_RESTART_COUNT:-0}
-# Since 22.05 srun does not take this over from sbatch.
-if [ -n "${SLURM_CPUS_PER_TASK:-}" ]; then export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK; fi
-choose_runtime "$(dirname "$plan")" "${BATON_STORE:-}"
-run=(run "$plan" --task "$task")
-if [ -n "${BATON_STORE:-}" ]; then run+=(--store "$BATON_STORE"); fi
+  # The processes meet at a file of this leg alone: no port and no host has to be known before.
+  rm -f "$folder/.rendezvous"/*
+  export BATON_RENDEZVOUS=file://$folder/.rendezvous/$job.${SLURM_RESTART_COUNT:-0}
+  # Since 22.05 srun does not take this over from sbatch.
+  if [ -n "${SLURM_CPUS_PER_TASK:-}" ]; then export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK; fi
+  choose_runtime "$(dirname "$plan")" "${BATON_STORE:-}"
+  run=(run "$plan" --task "$task")
+  if [ -n "${BATON_STORE:-}" ]; then run+=(--store "$BATON_STORE"); fi
 
-if [ -n "$asked" ]; then
-  status=75
-else
-  note "started host=$(hostname) nodes=${SLURM_JOB_NUM_NODES:-1} processes=${SLURM_NTASKS:-1}"
-  # A process that ends early must not take down its peers, which may be saving; --wait ends those
-  # that wait for a dead one.
-  srun --export=ALL --kill-on-bad-exit=0 --wait="$grace" --mpi=none --input=none "${step[@]}" \
-    sh -c "$process" leg "${baton[@]}" "${run[@]}" &
-  srun_pid=$!
-  # A signal may have come between the question and the start.
-  if [ -n "$asked" ]; then kill -s USR2 "$srun_pid" 2>/dev/null || true; fi
-  wait_for_srun
-  srun_pid=''
-  note "ended status=$status signal=${asked:-none}"
-fi
+  if [ -n "$asked" ]; then
+    status=75
+  else
+    note "started host=$(hostname) nodes=${SLURM_JOB_NUM_NODES:-1} processes=${SLURM_NTASKS:-1}"
+    # A process that ends early must not take down its peers, which may be saving; --wait ends those
+    # that wait for a dead one.
+    srun --export=ALL --kill-on-bad-exit=0 --wait="$grace" --mpi=none --input=none "${step[@]}" \
+      sh -c "$process" leg "${baton[@]}" "${run[@]}" &
+    srun_pid=$!
+    # A signal may have come between the question and the start.
+    if [ -n "$asked" ]; then kill -s USR2 "$srun_pid" 2>/dev/null || true; fi
+    wait_for_srun
+    srun_pid=''
+    note "ended status=$status signal=${asked:-none}"
+  fi
 
-# --- what an exit status means --------------------------------------------------------------
-#   0      finished: COMPLETED, and who waits for it may start
-#   75     handed over: again, as often as it takes (baton stops what makes no progress)
-#   78     stopped: FAILED, running again cannot help
-#   128 +  killed; a leg that was asked to stop and died before it could listen counts as 75
-#   other  failed: again, BATON_RETRIES times in a row, then FAILED
-if [ -n "$asked" ] && [ "$status" -ge 128 ]; then status=75; fi
-case $status in
-  0)
-    rm -f "$failures"
-    note "verdict=finished"
-    exit 0
-    ;;
-  75)
-    rm -f "$failures"
-    start_again 75
-    ;;
-  78) stop_for_good "running again cannot help; the reason stands above" ;;
-  *)
-    if may_try_again; then start_again "$status"; fi
-    note "verdict=failed status=$status reason='${BATON_RETRIES:-2} retries were used up'"
-    exit "$status"
-    ;;
-esac
+  # --- what an exit status means --------------------------------------------------------------
+  #   0      finished: COMPLETED, and who waits for it may start
+  #   75     handed over: again, as often as it takes (baton stops what makes no progress)
+  #   78     stopped: FAILED, running again cannot help
+  #   138, 140, 143  died of USR1, USR2 or TERM before it could listen: as 75
+  #   other  failed: again, BATON_RETRIES times in a row, then FAILED
+  if [ -n "$asked" ] && [ "$status" -ge 128 ]; then status=75; fi
+  case $status in
+    0)
+      rm -f "$failures"
+      note "verdict=finished"
+      exit 0
+      ;;
+    75 | 138 | 140 | 143)
+      rm -f "$failures"
+      start_again 75
+      ;;
+    78) stop_for_good "running again cannot help; the reason stands above" ;;
+    *)
+      if may_try_again; then start_again "$status"; fi
+      note "verdict=failed status=$status reason='${BATON_RETRIES:-2} retries were used up'"
+      exit "$status"
+      ;;
+  esac
+}
+
+main "$@"

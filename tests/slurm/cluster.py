@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -53,6 +55,7 @@ LONG = {
 }
 TINY = LONG | {"matrix.data.rows": "{a: 16, b: 24}", "train.epochs": "2"}
 LONG_STEPS = 250
+_FINAL = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED")
 # Figures of an eval record that measure the machine.
 _MEASURED = ("training", "generation", "environment")
 
@@ -69,6 +72,20 @@ def until(is_true: Callable[[], Any], what: str, seconds: float = PATIENCE_SECON
             return found
         time.sleep(0.1)
     raise AssertionError(f"waited {seconds:.0f} s in vain for {what}")
+
+
+def free_ports(count: int) -> int:
+    """The first of that many ports in a row that nobody listens at; other tests may run beside."""
+    first = 17000 + 100 * (os.getpid() % 100)
+    while True:
+        with contextlib.ExitStack() as held:
+            try:
+                for port in range(first, first + count):
+                    held.enter_context(socket.create_server(("127.0.0.1", port)))
+            except OSError:
+                first += 100
+                continue
+            return first
 
 
 def words_of(settings: Mapping[str, str]) -> list[str]:
@@ -150,6 +167,15 @@ class Cluster:
         assert bool(re.search(r"RequeueExit +=.*75", config)) == requeue_exit
         assert ("preempt_send_user_signal" in config) == user_signal
 
+    def clear(self) -> None:
+        """End what the last test left, without waiting for anybody's grace."""
+        self("scancel", "-u", "root")
+        for job in self("squeue", "-h", "-o", "%A").split():
+            # It may have ended by itself by now.
+            with contextlib.suppress(AssertionError):
+                self("scancel", "--signal=KILL", "--full", job)
+        until(lambda: not self("squeue", "-h"), "the last test's jobs to be gone")
+
     def lose_node(self, node: str) -> None:
         """What a power cut does: the node's daemon and everything below it is gone."""
         pid = int((self.folder / "run" / f"slurmd.{node}.pid").read_text())
@@ -218,8 +244,7 @@ class Job:
 
         def ended() -> str:
             state = self.state
-            over = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED")
-            return state if state in over else ""
+            return state if state in _FINAL else ""
 
         return str(until(ended, f"the end of job {self.number}", seconds))
 
@@ -231,7 +256,7 @@ class Job:
             state = self.state
             if seen[-1:] != [state]:
                 seen.append(state)
-            if state in ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT"):
+            if state in _FINAL:
                 return seen
             time.sleep(0.05)
         raise AssertionError(f"job {self.number} did not end: {seen}")

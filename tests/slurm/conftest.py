@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,17 +11,17 @@ import pytest
 # With --import-mode=importlib the tests' own folder is not on the path.
 sys.path.insert(0, str(Path(__file__).parent))
 
-from cluster import LONG, Cluster, NotInstalled, Task, run_locally, words_of
+from cluster import LONG, Cluster, NotInstalled, Task, free_ports, run_locally, words_of
 
 
 @pytest.fixture(scope="session")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     """Fails, rather than skips, where Slurm is not installed: these tests have no substitute."""
-    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
-    started = Cluster(tmp_path_factory.mktemp("slurm"), port=17200 + 100 * worker)
+    started = Cluster(tmp_path_factory.mktemp("slurm"), port=free_ports(20))
     try:
         started.start()
     except NotInstalled as error:
+        started.stop()
         pytest.fail(str(error), pytrace=False)
     yield started
     started.stop()
@@ -32,12 +31,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 def slurm(cluster: Cluster) -> Iterator[Cluster]:
     """The cluster as most sites are not: RequeueExit and the user signal are set."""
     yield cluster
-    cluster("scancel", "-u", "root")
-    for job in cluster("squeue", "-h", "-o", "%A").split():
-        cluster("scancel", "--signal=KILL", "--full", job)
-    from cluster import until
-
-    until(lambda: not cluster("squeue", "-h"), "the last test's jobs to be gone")
+    cluster.clear()
     cluster.configure()
 
 

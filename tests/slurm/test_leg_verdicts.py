@@ -54,9 +54,12 @@ def test_exit_statuses_end_a_job_as_their_table_says(scripted: Scripted) -> None
     scripted.task("mixed", "1 75 1 1 75 1 0")
     scripted.task("wrong", "78 0")
     scripted.task("early", "deaf 0")
+    scripted.task("late", "late 0")
     scripted.task("left", "75 0")
     scripted.task("once", "1 0")
-    jobs = {name: scripted.submit(tasks=name) for name in ("crash", "mixed", "wrong", "early")}
+    jobs = {
+        name: scripted.submit(tasks=name) for name in ("crash", "mixed", "wrong", "early", "late")
+    }
     jobs["left"] = scripted.submit(tasks="left", env={"BATON_REQUEUE": "never"})
     jobs["once"] = scripted.submit(tasks="once", env={"BATON_RETRIES": "0"})
     collect = scripted.slurm.sbatch(
@@ -66,24 +69,36 @@ def test_exit_statuses_end_a_job_as_their_table_says(scripted: Scripted) -> None
     )
     until(lambda: scripted.legs("early"), "a leg that hears nothing")
     scripted.slurm("scancel", "--batch", "--signal=USR2", jobs["early"].number)
+    until(lambda: scripted.legs("late"), "a leg that saves for longer than its grace")
+    scripted.slurm("scontrol", "update", f"jobid={jobs['late'].number}", "EndTime=now+1")
     ended = {name: job.wait() for name, job in jobs.items()}
     assert ended == {
         "crash": "FAILED",
         "mixed": "COMPLETED",
         "wrong": "FAILED",
         "early": "COMPLETED",
+        "late": "COMPLETED",
         "left": "FAILED",
         "once": "FAILED",
     }
     # A failure may be tried twice more; a handover in between makes the count start anew.
     counts = {name: len(scripted.legs(name)) for name in jobs}
-    assert counts == {"crash": 3, "mixed": 7, "wrong": 1, "early": 2, "left": 1, "once": 1}
+    assert counts == {
+        "crash": 3,
+        "mixed": 7,
+        "wrong": 1,
+        "early": 2,
+        "late": 2,
+        "left": 1,
+        "once": 1,
+    }
     exits = {name: job.field("ExitCode") for name, job in jobs.items()}
     assert exits["crash"] == "1:0"
     assert exits["wrong"] == "78:0"
     assert exits["left"] == "75:0"
     assert "retries were used up" in scripted.log("crash")
     assert "deaf" in scripted.legs("early")[0]
+    assert "signal=TERM" in scripted.log("late"), "it was asked before it was out of time"
     assert collect.wait() == "CANCELLED", "a dependent of a stopped job must not wait for ever"
 
 

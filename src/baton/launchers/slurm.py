@@ -19,7 +19,7 @@ from submitit.slurm.slurm import SlurmExecutor, _make_sbatch_string
 
 from baton.config.home import home
 from baton.config.slurm_site import SlurmSite
-from baton.errors import BatonError, ConfigError, ExitStatus
+from baton.errors import BatonError, ConfigError, ExitStatus, SchedulerError
 from baton.launchers import slurm_commands
 from baton.launchers.base import Request, View, last_error
 from baton.launchers.batch import COLLECT, Batch, refuse_secrets
@@ -62,8 +62,12 @@ class SlurmLauncher:
         slurm_commands.require("sbatch")
         chain = self._chain(request)
         scripts = [script_of(batch) for batch in chain.batches]
-        for script in scripts:
+        for place, script in enumerate(scripts):
             refuse_secrets(script)
+            # sbatch takes a job that waits for another without a look at what it asks for.
+            if place:
+                with contextlib.suppress(SchedulerError):
+                    _test(script)
         submissions = self._submissions(request)
         submissions.claim(chain.submission)
         for warning in self._warnings(request):
@@ -204,13 +208,18 @@ def script_of(batch: Batch) -> str:
 
 def verdict(script: str) -> str:
     """What `sbatch --test-only` says about a script, as a line; submits nothing."""
+    try:
+        return _test(script)
+    except BatonError as error:
+        return f"would be refused: {error}"
+
+
+def _test(script: str) -> str:
+    """Slurm's yes with details. Raises `ConfigError` or `SchedulerError`."""
     with tempfile.NamedTemporaryFile("w", suffix=".sbatch", encoding="utf-8") as file:
         file.write(script)
         file.flush()
-        try:
-            return slurm_commands.test_only(file.name)
-        except BatonError as error:
-            return f"would be refused: {error}"
+        return slurm_commands.test_only(file.name)
 
 
 def _sbatch(batch: Batch) -> str:

@@ -399,6 +399,16 @@ def test_a_chain_that_breaks_while_it_is_submitted_is_taken_back(site: Any) -> N
     assert not site.submissions()
 
 
+def test_a_later_stage_that_slurm_would_refuse_stops_the_submission(site: Any) -> None:
+    """sbatch takes what waits for another job without a look at it."""
+    site.describe(CHAIN)
+    site.answer("test-only", err="allocation failure: Invalid feature specification", status=1)
+    ended = site("submit", "trial", "--site", "here")
+    assert ended.status == 78
+    assert not site.submissions()
+    assert not [call for call in site.calls("sbatch") if "--test-only" not in call]
+
+
 def test_a_grace_shorter_than_a_measured_save_is_said(site: Any) -> None:
     site("submit", "trial", "--site", "here")
     [plan] = site.home.glob("runs/trial/*/plan.json")
