@@ -10,7 +10,7 @@ PYTHON ?= python3
 TORCH_INDEX ?=
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo check test test-fast test-slurm kill-storm submit status collect format clean
+.PHONY: setup demo check test test-fast test-slurm kill-storm submit status collect doctor format clean
 
 $(STAMP): pyproject.toml images/requirements.lock
 	$(PYTHON) -m venv $(VENV)
@@ -49,6 +49,9 @@ status: setup
 
 collect: setup
 	$(BIN)/baton collect $(EXP) --site $(SITE) $(ARGS)
+
+doctor: setup  ## what a site lacks, and what to mend: make doctor SITE=slurm-a100
+	$(BIN)/baton doctor --site $(SITE) $(ARGS)
 
 format: setup
 	$(BIN)/ruff check -q --fix . ; $(BIN)/ruff format -q .
