@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import codecs
-import contextlib
 import errno
 import json
 import logging
-import os
 import subprocess
 import sys
 import time
-import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,7 +21,6 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from baton.config.site import Site
-    from baton.handover import StopSignal
     from baton.launchers.base import Drill, Request
     from baton.record import Plan
     from baton.status import TaskStatus
@@ -117,8 +113,10 @@ def plan(exp: str, settings: tuple[str, ...], site: str, store: str | None, as_j
 @_STORE
 def freeze(exp: str, settings: tuple[str, ...], site: str, store: str | None) -> None:
     """Write an experiment's plan; print its path and, a line each, the tasks meant by EXP."""
+    from baton.frozen import freeze as freeze_plan
+
     frozen, tasks = _plan(exp, settings)
-    path = _freeze(frozen, _store_root(site, store))
+    path = freeze_plan(frozen, _store_root(site, store))
     for line in (path.absolute(), *tasks):
         click.echo(line)
 
@@ -149,6 +147,8 @@ def submit(
     drills: tuple[str, ...],
 ) -> None:
     """Run what is missing of an experiment or task, through every handover."""
+    from baton.frozen import freeze as freeze_plan
+    from baton.frozen import path_of, read
     from baton.handover import StopSignal
     from baton.launchers.base import Drill
     from baton.launchers.choose import launcher_for
@@ -169,13 +169,13 @@ def submit(
     waiting = [task for task in tasks if states[task] not in _LEFT_ALONE]
     at_work = [task for task in tasks if states[task] in ("running", "pending")]
     if dry_run:
-        path = _plan_path(root, frozen)
+        path = path_of(root, frozen)
         click.echo(f"would write {path}" if not path.exists() else f"plan {path}")
         for task in set(tasks) - set(waiting):
             click.echo(f"would skip: {task} is {states[task]}")
         click.echo(launcher.preview(_request(frozen, root, waiting)))
         return
-    path = _freeze(frozen, root)
+    path = freeze_plan(frozen, root)
     if detach and launcher.waits:
         _detach(frozen, root)
         return
@@ -186,7 +186,7 @@ def submit(
         click.echo(f"and {len(at_work) - _AT_MOST_NAMED} more, left alone")
     from baton.console import view
 
-    request = _request(_read_plan(path), root, waiting, parsed)
+    request = _request(read(path), root, waiting, parsed)
     if launcher.waits:
         stop.install()
     with view() as shown:
@@ -230,11 +230,13 @@ def run(
     it was handed over (run the same again), 78 when running again cannot help.
     """
     # Before any slow import: a signal may come while torch loads.
-    stop = _stop_signal()
-    _log_to_stdout()
+    from baton.process import limit_threads, listen, log_to_stdout
+
+    stop = listen()
+    log_to_stdout()
     from baton.runner import TaskRunner, submission_id, task_store
 
-    _limit_threads(site)
+    limit_threads(site)
     frozen, root = _plan_to_run(plan_or_exp, site, store, settings)
     runner = TaskRunner(
         plan=frozen,
@@ -329,10 +331,11 @@ def logs(task: str, settings: tuple[str, ...], site: str, store: str | None, fol
 def cancel(exp: str, settings: tuple[str, ...], site: str, store: str | None) -> None:
     """Stop running tasks with their work saved; submit goes on from there."""
     from baton.console import Lines
+    from baton.frozen import path_of
     from baton.launchers.choose import launcher_for
 
     frozen, tasks, root = _submitted(exp, settings, site, store)
-    if not _plan_path(root, frozen).exists():
+    if not path_of(root, frozen).exists():
         raise ConfigError(f"nothing to cancel: {frozen.experiment} was not submitted to {root}")
     waiting = [s.task for s in _recorded(root, frozen, tasks) if s.state != "finished"]
     launcher_for(_site(site)).cancel(_request(frozen, root, waiting), Lines())
@@ -386,14 +389,15 @@ def collect(
 @_STORE
 def verify_resume(task: str, settings: tuple[str, ...], site: str, store: str | None) -> None:
     """Train again between a task's last two checkpoints; say whether the bytes are the same."""
+    from baton.process import limit_threads, listen, quiet_libraries
     from baton.verify import verify
 
-    _limit_threads(site)
+    limit_threads(site)
     frozen, tasks, root = _submitted(task, settings, site, store)
     if len(tasks) != 1:
         raise ConfigError(f"verify-resume is about one task; name one of: {', '.join(tasks)}")
-    stop = _stop_signal()
-    _quiet_libraries()
+    stop = listen()
+    quiet_libraries()
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     verdict = verify(frozen, frozen.task(tasks[0]), root, stop)
     click.echo(verdict.text)
@@ -433,89 +437,47 @@ def _submitted(
     exp: str, settings: tuple[str, ...], site: str, store: str | None
 ) -> tuple[Plan, list[str], Path]:
     """The plan as it was frozen at its submission, if it was; EXP may be that plan.json."""
+    from baton.frozen import path_of, read, versions
+
     if exp.endswith(".json"):
-        frozen, root = _plan_to_run(exp, site, store, settings)
-        return frozen, [task.name for task in frozen.tasks], root
-    frozen, tasks = _plan(exp, settings)
+        plan, root = _plan_to_run(exp, site, store, settings)
+        return plan, [task.name for task in plan.tasks], root
+    plan, tasks = _plan(exp, settings)
     root = _store_root(site, store)
-    path = root / frozen.experiment / frozen.digest / "plan.json"
+    path = path_of(root, plan)
     if path.exists():
-        return _read_plan(path), tasks, root
-    others = [p.parent.name for p in sorted((root / frozen.experiment).glob("*/plan.json"))]
+        return read(path), tasks, root
+    others = versions(root, plan.experiment)
     there = f"; there are runs of other versions: {', '.join(others)}" if others else ""
     click.echo(
-        f"note: {frozen.experiment} as it is now ({frozen.digest}) was not submitted to"
-        f" {root}{there}",
+        f"note: {plan.experiment} as it is now ({plan.digest}) was not submitted to {root}{there}",
         err=True,
     )
-    return frozen, tasks, root
-
-
-def _read_plan(path: Path) -> Plan:
-    """A frozen plan. Raises `ConfigError`: running again cannot mend a damaged one."""
-    from baton.errors import DamagedError
-    from baton.record import Plan
-
-    try:
-        return Plan.from_json(path.read_bytes(), where=str(path))
-    except DamagedError as error:
-        raise ConfigError(
-            f"{error}; move it away and submit again: it will be written anew"
-        ) from error
-
-
-def _freeze(frozen: Plan, root: Path) -> Path:
-    """Write the plan unless it is there, with what must be looked up once."""
-    from baton.errors import NameTaken
-    from baton.plan import pin
-    from baton.store.local import LocalStore
-
-    store = LocalStore(root / frozen.experiment / frozen.digest)
-    path = store.path("plan.json")
-    if not path.exists():
-        # The elements of an array may all freeze at once: the first one's plan is everybody's.
-        with contextlib.suppress(NameTaken):
-            store.write("plan.json", pin(frozen).to_json(), exclusive=True)
-    return path
-
-
-def _limit_threads(site: str) -> None:
-    """Compute with as many threads as the site's other legs, before torch is imported."""
-    # Whoever starts a leg on another machine has said so, and has no site file there.
-    if "OMP_NUM_THREADS" not in os.environ:
-        os.environ["OMP_NUM_THREADS"] = str(_site(site).threads)
+    return plan, tasks, root
 
 
 def _plan_to_run(
     plan_or_exp: str, site: str, store: str | None, settings: tuple[str, ...]
 ) -> tuple[Plan, Path]:
+    """The frozen plan that PLAN names, and the root of the store it belongs to."""
+    from baton.frozen import freeze as freeze_plan
+    from baton.frozen import read, root_of
+
     path = Path(plan_or_exp)
     if path.suffix != ".json":
-        frozen, _ = _plan(plan_or_exp, settings)
-        root = _store_root(site, store)
-        path = _freeze(frozen, root)
-    elif not path.is_file():
-        raise ConfigError(f"there is no plan {path}")
-    frozen = _read_plan(path)
-    if store is not None:
-        return frozen, _store_root(site, store)
-    inside = Path(frozen.experiment, frozen.digest, "plan.json")
-    found = path.absolute()
-    if found.parts[-len(inside.parts) :] != inside.parts:
-        raise ConfigError(f"{path} does not lie in a store (…/{inside}); name the store by --store")
-    return frozen, found.parents[len(inside.parts) - 1]
-
-
-def _plan_path(root: Path, frozen: Plan) -> Path:
-    return root / frozen.experiment / frozen.digest / "plan.json"
+        fresh, _ = _plan(plan_or_exp, settings)
+        path = freeze_plan(fresh, _store_root(site, store))
+    plan = read(path)
+    return plan, root_of(path, plan) if store is None else _store_root(site, store)
 
 
 def _request(
     frozen: Plan, root: Path, tasks: Sequence[str], drills: Sequence[Drill] = ()
 ) -> Request:
+    from baton.frozen import path_of
     from baton.launchers.base import Request
 
-    path = _plan_path(root, frozen)
+    path = path_of(root, frozen)
     return Request(plan=frozen, plan_path=path, store_root=root, tasks=tasks, drills=drills)
 
 
@@ -555,39 +517,6 @@ def _store_root(site: str, store: str | None) -> Path:
     from baton.store.open import open_store
 
     return Path(open_store(_site(site).store if store is None else store).url)
-
-
-def _stop_signal() -> StopSignal:
-    from baton.handover import StopSignal
-
-    text = os.environ.get("BATON_GRACE_SECONDS", "30")
-    try:
-        grace = float(text)
-    except ValueError:
-        raise ConfigError(f"BATON_GRACE_SECONDS={text}: expected a number of seconds") from None
-    return StopSignal(grace_seconds=grace).install()
-
-
-def _quiet_libraries() -> None:
-    """No bar for every weight that is loaded, and none of the libraries' notes to each other."""
-    # Read when transformers is imported, which is later.
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    for category in (FutureWarning, DeprecationWarning, SyntaxWarning):
-        warnings.filterwarnings("ignore", category=category)
-    warnings.filterwarnings("ignore", message="pkg_resources is deprecated")  # jieba's
-
-
-def _log_to_stdout() -> None:
-    _quiet_libraries()
-    logging.basicConfig(
-        level=logging.WARNING,
-        stream=sys.stdout,
-        format="%(asctime)s %(levelname)s %(message)s",
-        datefmt="%Y-%m-%dT%H:%M:%S",
-    )
-    logging.getLogger("baton").setLevel(logging.INFO)
 
 
 def _detach(frozen: Plan, root: Path) -> None:

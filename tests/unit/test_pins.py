@@ -96,9 +96,10 @@ def freeze(home: Path, endpoint: str, *settings: str) -> subprocess.CompletedPro
 import sys
 from pathlib import Path
 from baton import cli
+from baton.frozen import freeze
 try:
     plan, _ = cli._plan("qa", tuple(sys.argv[2:]))
-    print(cli._freeze(plan, Path(sys.argv[1])))
+    print(freeze(plan, Path(sys.argv[1])))
 except Exception as error:
     sys.stderr.write(str(error))
     sys.exit(error.exit_status)
