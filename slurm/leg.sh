@@ -18,6 +18,9 @@ grace=${BATON_GRACE_SECONDS:-120}
 grace=${grace%.*}
 export BATON_GRACE_SECONDS=$grace PYTHONUNBUFFERED=1
 arguments=("$@")
+if [[ ${BATON_STORE:-/} != /* && $BATON_STORE != *://* ]]; then
+  export BATON_STORE=$PWD/$BATON_STORE
+fi
 # `scontrol requeue` of an array's own number would requeue all of its elements.
 job=${SLURM_JOB_ID:?leg.sh runs inside a Slurm job; without Slurm use: baton submit}
 if [ -n "${SLURM_ARRAY_TASK_ID:-}" ]; then job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID; fi
@@ -63,7 +66,7 @@ stop_for_good() {
 }
 
 # A field of Slurm's record of this job; empty where there is none.
-field() { scontrol -o show job "$job" 2>/dev/null | tr ' ' '\n' | sed -n "s/^$1=//p" | head -n 1; }
+field() { scontrol -o show job "$job" 2>/dev/null | tr ' ' '\n' | sed -n "s/^$1=//p" || true; }
 
 was_requeued() {
   local restarts
@@ -98,7 +101,12 @@ start_again() {
   if [ "$requeue_how" = auto ]; then
     # Said before, because a requeue kills this script at once.
     note "verdict=requeued by=leg.sh"
-    if refused=$(scontrol requeue "$job" 2>&1); then exit 75; fi
+    for _ in {1..60}; do
+      if refused=$(scontrol requeue "$job" 2>&1); then exit 75; fi
+      if [[ ! $refused =~ [Cc]ontact|[Tt]imed|[Cc]onnect ]]; then break; fi
+      note "the controller does not answer: $refused"
+      sleep 5
+    done
     # Slurm may have done it between the question and the order.
     if was_requeued; then exit 75; fi
     note "requeue was refused: $refused"
@@ -237,8 +245,10 @@ choose_runtime() {
 # up what was edited since. The record's first line is what was asked for.
 frozen_plan() {
   local store=${BATON_STORE:-$BATON_HOME/runs} record
-  record=$store/slurm/${SLURM_CLUSTER_NAME:-slurm}-${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}.txt
-  mkdir -p "$store/slurm"
+  record=$store
+  if [[ $store == *://* ]]; then record=$BATON_HOME/runs; fi
+  mkdir -p "$record/slurm"
+  record+=/slurm/${SLURM_CLUSTER_NAME:-slurm}-${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}.txt
   if [ ! -s "$record" ] || [ "$(head -n 1 "$record")" != "$*" ]; then
     choose_runtime "$store"
     {

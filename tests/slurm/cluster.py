@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -99,7 +99,6 @@ class Cluster:
 
     folder: Path
     port: int = 17000
-    pids: list[int] = field(default_factory=list)
 
     @property
     def environment(self) -> dict[str, str]:
@@ -175,6 +174,11 @@ class Cluster:
             with contextlib.suppress(AssertionError):
                 self("scancel", "--signal=KILL", "--full", job)
         until(lambda: not self("squeue", "-h"), "the last test's jobs to be gone")
+
+    def stop_controller(self) -> None:
+        pid = int((self.folder / "run" / "slurmctld.pid").read_text())
+        os.kill(pid, signal.SIGTERM)
+        until(lambda: not Path(f"/proc/{pid}").exists(), "the end of the controller")
 
     def lose_node(self, node: str) -> None:
         """What a power cut does: the node's daemon and everything below it is gone."""
@@ -368,18 +372,20 @@ def _below(pid: int) -> list[int]:
 
 
 def processes_of(job: Job) -> dict[int, int]:
-    """Process numbers of the Python processes of a job, by rank."""
-    found = {}
-    for path in Path("/proc").glob("[0-9]*"):
+    """Process numbers of the legs' processes of a job, by rank."""
+    found: dict[int, int] = {}
+    for path in sorted(Path("/proc").glob("[0-9]*"), key=lambda path: -int(path.name)):
         try:
             words = (path / "cmdline").read_bytes().split(b"\0")
-            variables = (path / "environ").read_bytes().split(b"\0")
+            variables = dict(
+                pair.split(b"=", 1)
+                for pair in (path / "environ").read_bytes().split(b"\0")
+                if b"=" in pair
+            )
         except (FileNotFoundError, ProcessLookupError, PermissionError):
             continue
-        # srun and the shell around it have the same words further back.
-        if words[1:4] == [b"-m", b"baton", b"run"] and f"SLURM_JOB_ID={job.number}".encode() in (
-            variables
-        ):
-            rank = next(v for v in variables if v.startswith(b"RANK="))
-            found[int(rank.removeprefix(b"RANK="))] = int(path.name)
+        # srun has the same words, but no rank.
+        is_leg = b"baton" in words and b"RANK" in variables
+        if is_leg and variables.get(b"SLURM_JOB_ID") == job.number.encode():
+            found[int(variables[b"RANK"])] = int(path.name)
     return found

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from cluster import HERE, LEG, Cluster, Job, until
+from cluster import HERE, LEG, Cluster, Job, processes_of, until
 
 pytestmark = pytest.mark.slow
 
@@ -155,6 +156,23 @@ def test_where_a_requeue_is_refused_the_element_is_submitted_again(scripted: Scr
     assert (scripted.store / "seen.1").read_text().strip() == "2", "it waited for the new job"
     # The legs of one submission, as the crash-loop rule counts them.
     assert first.split()[2] == second.split()[2] == f"submission=slurm:{array.number}_1"
+
+
+def test_a_controller_that_is_away_for_a_moment_is_waited_for(scripted: Scripted) -> None:
+    scripted.task("a", "listen 0")
+    # A store may be named from the folder of the submission.
+    store = os.path.relpath(scripted.store, scripted.slurm.folder)
+    job = scripted.submit(tasks="a", env={"BATON_STORE": store})
+    until(lambda: scripted.legs("a"), "the leg")
+    [process] = processes_of(job).values()
+    scripted.slurm.stop_controller()
+    try:
+        os.kill(process, signal.SIGUSR2)
+        until(lambda: not Path(f"/proc/{process}").exists(), "the end of the leg")
+    finally:
+        scripted.slurm("slurmctld")
+    assert job.wait() == "COMPLETED"
+    assert [leg.split()[0] for leg in scripted.legs("a")] == ["listen", "0"]
 
 
 def test_what_cannot_run_is_said_and_not_tried_again(scripted: Scripted) -> None:
