@@ -26,7 +26,7 @@ demo: setup  ## six smoke tasks, one preempted and one killed, then table, plots
 
 check: setup  ## style, types, layers and shell scripts
 	$(BIN)/ruff check -q . && $(BIN)/ruff format -q --check . && $(BIN)/mypy && $(BIN)/lint-imports --no-cache
-	git ls-files '*.sh' '.ci/run' | xargs -r $(BIN)/shellcheck
+	git ls-files '*.sh' '*.sbatch' '.ci/run' | xargs -r $(BIN)/shellcheck
 
 test: setup check  ## everything that needs no GPU
 	$(BIN)/python -m pytest -q -n 2 --ignore tests/slurm $(ARGS)
