@@ -5,14 +5,12 @@ from __future__ import annotations
 import json
 import os
 import stat
+import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from click.testing import CliRunner
-
-from baton.cli import cli
-from baton.errors import BatonError
 
 COMMANDS = ("sbatch", "squeue", "sacct", "scancel", "scontrol", "sacctmgr", "sinfo", "srun")
 # Each notes its words and environment, and answers with the file NAME.out, .err and .rc, of the
@@ -82,14 +80,13 @@ class Site:
 
     def __call__(self, *words: str) -> Ended:
         """`baton …` on the site, as `main` ends it."""
-        runner = CliRunner()
-        result = runner.invoke(cli, list(words))
-        error = result.exception
-        if isinstance(error, BatonError):
-            return Ended(error.exit_status, self.plain(result.stdout), self.plain(str(error)))
-        if error is not None and not isinstance(error, SystemExit):
-            raise error
-        return Ended(result.exit_code, self.plain(result.stdout), self.plain(result.stderr))
+        # A process of its own: submitit sets up logging for the whole process it is imported in.
+        ended = subprocess.run(
+            [sys.executable, "-m", "baton", *words], capture_output=True, text=True, check=False
+        )
+        before, found, error = ended.stderr.partition("error: ")
+        err = error.replace("\nerror: ", "\n").rstrip("\n") if found else before
+        return Ended(ended.returncode, self.plain(ended.stdout), self.plain(err))
 
     def answer(self, name: str, out: str = "", *, err: str = "", status: int = 0) -> None:
         """What a command says from now on."""
