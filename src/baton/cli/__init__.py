@@ -12,6 +12,7 @@ import click
 
 import baton
 from baton.cli.collect import collect
+from baton.cli.data import data
 from baton.cli.doctor import doctor
 from baton.cli.experiment import check, freeze, plan
 from baton.cli.run import run, verify_resume
@@ -63,6 +64,7 @@ for _command in (
     logs,
     cancel,
     collect,
+    data,
     verify_resume,
     doctor,
 ):
