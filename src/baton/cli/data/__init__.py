@@ -1,0 +1,16 @@
+"""`baton data PIPELINE …`: look at training data, or make it."""
+
+from __future__ import annotations
+
+import click
+
+from baton.cli.data.raft import raft
+
+
+@click.group()
+def data() -> None:
+    """Check training data before a run, or make it."""
+
+
+for _pipeline in (raft,):
+    data.add_command(_pipeline)
