@@ -15,6 +15,7 @@ from baton.cli.collect import collect
 from baton.cli.data import data
 from baton.cli.doctor import doctor
 from baton.cli.experiment import check, freeze, plan
+from baton.cli.generate import generate
 from baton.cli.run import run, verify_resume
 from baton.cli.submit import submit
 from baton.cli.watch import cancel, logs, status
@@ -64,6 +65,7 @@ for _command in (
     logs,
     cancel,
     collect,
+    generate,
     data,
     verify_resume,
     doctor,

@@ -9,7 +9,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
+from transformers import (
+    GenerationConfig,
+    StoppingCriteria,
+    StoppingCriteriaList,
+    TextStreamer,
+)
 
 from baton.eval.config import GenerateConfig
 
@@ -32,13 +37,14 @@ def generate(
     ends: Sequence[int] = (),
     seed: int = 0,
     should_stop: Callable[[], bool] = lambda: False,
+    on_text: Callable[[str], None] | None = None,
 ) -> Answers | None:
     """Answer `prompts` as one batch, padded on the left.
 
     The model's own generation defaults (sampling, penalties) are not used: what decides the
     result is in `config`. `ends` are ids that end an answer besides the model's and the
     tokenizer's own. `seed` varies the draws between batches and is added to the one in
-    `config.sampling`.
+    `config.sampling`. `on_text` hears the answer to a single prompt piece by piece.
 
     Returns:
         The answers without special tokens, or None when `should_stop` said so half-way.
@@ -60,6 +66,7 @@ def generate(
             **encoded,
             generation_config=_decoding(config, ends, tokenizer),
             stopping_criteria=StoppingCriteriaList([stop]),
+            streamer=None if on_text is None else _Teller(tokenizer, on_text),
         )
     answers = output[:, encoded["input_ids"].shape[1] :].tolist()  # waits for the device
     seconds = time.monotonic() - started
@@ -125,3 +132,14 @@ class _Stop(StoppingCriteria):  # type: ignore[misc]
     def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
         self.stopped = self.stopped or self._should_stop()
         return torch.full((len(input_ids),), self.stopped, device=input_ids.device)
+
+
+class _Teller(TextStreamer):  # type: ignore[misc]
+    """Passes on text as soon as it is sure what it will be."""
+
+    def __init__(self, tokenizer: Any, on_text: Callable[[str], None]) -> None:
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self._on_text = on_text
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        self._on_text(text)

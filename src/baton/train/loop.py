@@ -39,6 +39,8 @@ class Loop:
 
     Attributes:
         loss: summed loss of a packed micro-batch over its labelled tokens, a float32 scalar.
+        versions: how often `train` holds its samples, end to end; each epoch takes the next
+            version of them.
         folder: where this stage keeps its files, relative to the task.
         identity, environment, allow_changed: see `Keeper`.
         stop_at: end as finished at this step, for `verify-resume`.
@@ -52,6 +54,7 @@ class Loop:
     loss: Callable[[PackedBatch], torch.Tensor]
     train: TokenSource
     dev: TokenSource
+    versions: int = 1
     folder: str = "train"
     identity: dict[str, str] = field(default_factory=dict)
     environment: dict[str, str] = field(default_factory=dict)
@@ -60,10 +63,11 @@ class Loop:
 
     def __post_init__(self) -> None:
         config = self.config
-        self.cursor = Cursor(len(self.train), config.batch_samples, config.seed)
+        self.samples = len(self.train) // self.versions
+        self.cursor = Cursor(self.samples, config.batch_samples, config.seed, self.versions)
         self.total = config.max_steps or self.cursor.total_steps(config.epochs)
         # With max_steps the last batch is as full as the others.
-        self.end = None if config.max_steps else round(config.epochs * len(self.train))
+        self.end = None if config.max_steps else round(config.epochs * self.samples)
         self.schedule = Schedule.of(config, self.total)
         self.precision = Precision.choose(config.precision, self.ranks.device)
         names = {p: n for n, p in self.model.named_parameters() if p.requires_grad}
@@ -252,7 +256,7 @@ class Loop:
         if every is not None:
             return step % every == 0
         # The step in which the last sample of an epoch was used.
-        size, batch = len(self.train), self.config.batch_samples
+        size, batch = self.samples, self.config.batch_samples
         return step * batch // size > (step - 1) * batch // size
 
     def _evaluate(self) -> bool:
@@ -280,7 +284,7 @@ class Loop:
         self.journal.log(
             self.state,
             learning_rate=self.schedule.at(self.state.step - 1),
-            epoch=self.state.samples / len(self.train),
+            epoch=self.state.samples / self.samples,
             total=self.total,
         )
 

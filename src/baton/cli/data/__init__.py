@@ -1,15 +1,17 @@
-"""`baton data`: a pipeline's input files, looked at and prepared before anything is submitted."""
+"""`baton data PIPELINE …`: look at training data, or make it."""
 
 from __future__ import annotations
 
 import click
 
+from baton.cli.data.raft import raft
 from baton.cli.data.t5 import t5
 
 
 @click.group()
 def data() -> None:
-    """Prepare and examine the data of a pipeline."""
+    """Check training data before a run, or make it."""
 
 
-data.add_command(t5)
+for _pipeline in (raft, t5):
+    data.add_command(_pipeline)
