@@ -80,9 +80,7 @@ class PairReader:
 
     def report(self) -> PairReport:
         """What has been read so far."""
-        quality = self._cleaner.report(
-            encoding=self._source.encoding, columns=self._source.columns
-        )
+        quality = self._cleaner.report(encoding=self._source.encoding, columns=self._source.columns)
         nulls = {}
         for field, wanted in self._config.columns.items():
             names = sources_of(wanted)

@@ -37,6 +37,20 @@ class Tuning(Protocol):
     def eval(self) -> EvalConfig: ...
 
 
+class Model(Protocol):
+    """The model of a task, of whatever kind."""
+
+    def tokenizer(self) -> Any: ...
+
+    def description(self) -> dict[str, str]:
+        """The model as records name it."""
+        ...
+
+    def learner(self, device: torch.device, *, packed: bool) -> Learner:
+        """The model with what learns of it: to train (`packed`), or to generate."""
+        ...
+
+
 @dataclass(frozen=True, kw_only=True)
 class TaskModel:
     """The model of the task in `folder`; `pins` are the commits of its plan."""

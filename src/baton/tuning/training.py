@@ -16,14 +16,20 @@ from baton.train.precision import Precision
 from baton.train.ranks import Ranks
 from baton.tuning.best import HISTORY, TRAIN
 from baton.tuning.final import write_final
-from baton.tuning.model import DATA, TaskModel, Tuning
+from baton.tuning.model import DATA, Model, TaskModel, Tuning
 
 SUMMARY = f"{TRAIN}/summary.json"
 
 
 def train(leg: Leg) -> Outcome:
     """Train to the end or to the next handover, then write down what it took and what it made."""
+    config: Tuning = leg.config
     loop, learner = build_loop(leg)
+    return run(leg, loop, learner, TaskModel.of(leg), method=config.adapter.method)
+
+
+def run(leg: Leg, loop: Loop, learner: Learner, model: Model, *, method: str) -> Outcome:
+    """Run a loop; at its end write the summary, the history of evaluations and the best model."""
     outcome = loop.run()
     if outcome is Outcome.FINISHED and leg.is_first:
         state, timing = loop.state, loop.timing
@@ -48,7 +54,7 @@ def train(leg: Leg) -> Outcome:
         }
         leg.store.write(SUMMARY, dump_json(summary))
         leg.store.write(HISTORY, dump_json([list(row) for row in state.dev_history]))
-        write_final(leg, learner)
+        write_final(leg, learner, model, method=method)
     return outcome
 
 

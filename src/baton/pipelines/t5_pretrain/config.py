@@ -29,7 +29,7 @@ class OwnTokenizer:
 
 
 @dataclass(frozen=True, kw_only=True)
-class T5Config:
+class T5Shape:
     """The shape of the model; its vocabulary and special tokens are the tokenizer's.
 
     `source: random` is for smoke runs and benchmarks: every record of one says that its
@@ -45,7 +45,6 @@ class T5Config:
     num_decoder_layers: Annotated[int, at_least(1)] = 10
     feed_forward: Literal["relu", "gated-gelu", "gated-silu"] = "relu"
     dropout: Annotated[float, between(0, 1)] = 0.1
-    tied: bool = True
     seed: int = 0
 
 
@@ -103,7 +102,7 @@ class DevScoreConfig:
 class T5Pretrain:
     """Pretrain a T5 on prompt-response pairs and score what it generates."""
 
-    model: T5Config = field(default_factory=T5Config)
+    model: T5Shape = field(default_factory=T5Shape)
     tokenizer: OwnTokenizer | FolderTokenizer = field(default_factory=OwnTokenizer)
     data: PairConfig
     train: T5TrainConfig = field(default_factory=T5TrainConfig)

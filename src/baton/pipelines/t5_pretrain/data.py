@@ -22,15 +22,13 @@ from baton.data.tokenise import TokenWriter
 from baton.data.vocabulary import train_vocabulary
 from baton.errors import DataError
 from baton.pipelines.t5_pretrain.config import OwnTokenizer, T5Pretrain
+from baton.pipelines.t5_pretrain.model import PairModel
 from baton.record import dump_json
 from baton.stage import Leg, Outcome
 from baton.store.checkpoint import sha256_of
-from baton.train.base import load_tokenizer
-from baton.train.config import PathModel
+from baton.tuning.model import BASE, DATA
 
-FOLDER = "data"
-BASE = "base"
-SHARDS = f"{FOLDER}/shards"
+SHARDS = f"{DATA}/shards"
 # Reading rows again costs a leg a twentieth of encoding them; so long a stretch is encoded twice.
 _KEEP_EVERY_SAMPLES = 200_000
 
@@ -50,12 +48,12 @@ def prepare(leg: Leg) -> Outcome:
     Encoding goes on from where an earlier leg was stopped or killed.
     """
     config: T5Pretrain = leg.config
-    folder = leg.folder / FOLDER
+    folder = leg.folder / DATA
     folder.mkdir(parents=True, exist_ok=True)
     source = open_source(config.data, pinned=leg.plan.pins.get(config.data.pin_key, ""))
     if isinstance(config.tokenizer, OwnTokenizer) and not (leg.folder / BASE).exists():
         _train_tokenizer(leg, source, config.tokenizer)
-    tokenizer = tokenizer_of(leg)
+    tokenizer = PairModel.of(leg).tokenizer()
     encoder = PairEncoder(tokenizer, max_seq_len=config.data.max_seq_len)
     reader = PairReader(source, config.data)
     with RejectsWriter(folder / REJECTS) as rejects, _ValidFile(folder, config.data) as valid:
@@ -68,7 +66,7 @@ def prepare(leg: Leg) -> Outcome:
         raise DataError(
             f"{reader.report().quality.read:,} rows leave {train.samples:,} to train on and"
             f" {valid.rows:,} to validate with; bring more rows, raise data.valid_share, or name"
-            f" a data.valid file (rows that were left out: {FOLDER}/{REJECTS})"
+            f" a data.valid file (rows that were left out: {DATA}/{REJECTS})"
         )
     held_out = PairCounts()
     writer = TokenWriter(folder, "valid", vocab_size=len(tokenizer))
@@ -86,30 +84,22 @@ def prepare(leg: Leg) -> Outcome:
             for name in ("train.tokens", "train.index", "valid.tokens", "valid.index")
         },
     }
-    leg.store.write(f"{FOLDER}/report.json", dump_json(report))
+    leg.store.write(f"{DATA}/report.json", dump_json(report))
     for name in leg.store.names(SHARDS):
         leg.store.delete(name)
-    leg.log("data", train=train.samples, valid=held_out.samples, rejects=f"{FOLDER}/{REJECTS}")
+    leg.log("data", train=train.samples, valid=held_out.samples, rejects=f"{DATA}/{REJECTS}")
     return Outcome.FINISHED
-
-
-def tokenizer_of(leg: Leg) -> Any:
-    """The run's tokenizer: trained by its data stage, or the folder that the experiment names."""
-    config: T5Pretrain = leg.config
-    own = isinstance(config.tokenizer, OwnTokenizer)
-    path = str(leg.folder / BASE) if own else config.tokenizer.path  # type: ignore[union-attr]
-    return load_tokenizer(PathModel(source="path", path=path), base_folder=leg.folder / BASE)
 
 
 def read_report(leg: Leg) -> dict[str, Any]:
     """What `prepare` counted."""
-    report: dict[str, Any] = json.loads(leg.store.read(f"{FOLDER}/report.json"))
+    report: dict[str, Any] = json.loads(leg.store.read(f"{DATA}/report.json"))
     return report
 
 
 def read_valid(folder: Path) -> Iterator[Pair]:
     """The validation pairs of a task, in their order."""
-    with open(folder / FOLDER / "valid.jsonl", encoding="utf-8") as lines:
+    with open(folder / DATA / "valid.jsonl", encoding="utf-8") as lines:
         for line in lines:
             yield Pair(**json.loads(line))
 
@@ -135,7 +125,7 @@ def _encode_train(
         counts = decode(PairCounts, json.loads(leg.store.read(shards[-1])), where=shards[-1])
         leg.log("data", note=f"going on after {counts.samples:,} encoded rows")
     writer = TokenWriter(
-        leg.folder / FOLDER,
+        leg.folder / DATA,
         "train",
         vocab_size=len(tokenizer),
         samples=counts.samples,
@@ -171,11 +161,11 @@ class _ValidFile:
         self.rows = 0
 
     def __enter__(self) -> _ValidFile:
-        self._file = open(self._part, "w", encoding="utf-8")  # noqa: SIM115  (__exit__ closes it)
+        self._file = open(self._part, "w", encoding="utf-8")
         if self._config.valid is not None:
             given = dataclasses.replace(self._config, path=self._config.valid, hub=None)
-            for row in PairReader(open_source(given), given).rows():
-                if isinstance(row, Row):
+            with RejectsWriter(self._path.with_name("rejects_valid.jsonl")) as rejects:
+                for row in rejects.kept(PairReader(open_source(given), given).rows()):
                     self._write(row)
         return self
 
