@@ -154,11 +154,11 @@ class Seq2SeqLoss:
         )
 
 
-def compile_blocks(network: Any) -> None:
+def compile_blocks(network: Any, **options: Any) -> None:
     """Compile every block of encoder and decoder at its first call, each for its own shapes."""
     torch._dynamo.config.recompile_limit = _MOST_COMPILED
     for block in _blocks(network):
-        block.forward = torch.compile(block.forward, dynamic=False)
+        block.forward = torch.compile(block.forward, dynamic=False, **options)
 
 
 @contextmanager
