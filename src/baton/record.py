@@ -228,7 +228,8 @@ class EvalRecord(Record):
 
     `scores` and `samples` depend on the plan alone; `training`, `generation` and
     `environment` are measurements of the machine. `loss_curve` rows are
-    `[step, train loss]`, `dev_curve` rows `[step, dev loss]`.
+    `[step, train loss]`, `dev_curve` rows `[step, dev loss]`; `dev_scores` has rows
+    `[step, score]` for each score that was taken with the dev loss, by its name.
     """
 
     experiment: str
@@ -243,6 +244,7 @@ class EvalRecord(Record):
     generation: GenerationFigures
     loss_curve: list[list[float]]
     dev_curve: list[list[float]]
+    dev_scores: dict[str, list[list[float]]] = field(default_factory=dict)
     samples: list[Sample]
     config: dict[str, Any]
     environment: dict[str, str]

@@ -12,7 +12,7 @@ import torch
 from transformers import T5Config, T5ForConditionalGeneration
 
 from baton.config.decode import encode
-from baton.pipelines.t5_pretrain.config import OwnTokenizer, T5Pretrain, T5Shape
+from baton.pipelines.t5_pretrain.config import T5Pretrain, T5Shape
 from baton.stage import Leg
 from baton.train.base import load_tokenizer
 from baton.train.config import PathModel
@@ -57,10 +57,9 @@ class PairModel:
         return cls(config=leg.config, folder=leg.folder)
 
     def tokenizer(self) -> Any:
-        """Trained by the task's data stage, or the folder that the experiment names."""
-        said, base = self.config.tokenizer, self.folder / BASE
-        path = str(base) if isinstance(said, OwnTokenizer) else said.path
-        return load_tokenizer(PathModel(source="path", path=path), base_folder=base)
+        """The one that the task's data stage trained, or copied from where the experiment says."""
+        base = self.folder / BASE
+        return load_tokenizer(PathModel(source="path", path=str(base)), base_folder=base)
 
     def description(self) -> dict[str, str]:
         """The model as records name it."""
