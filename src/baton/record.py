@@ -244,8 +244,8 @@ class EvalRecord(Record):
     generation: GenerationFigures
     loss_curve: list[list[float]]
     dev_curve: list[list[float]]
-    dev_scores: dict[str, list[list[float]]] = field(default_factory=dict)
     samples: list[Sample]
+    dev_scores: dict[str, list[list[float]]] = field(default_factory=dict)
     config: dict[str, Any]
     environment: dict[str, str]
 
