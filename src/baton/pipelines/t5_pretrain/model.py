@@ -16,7 +16,7 @@ from baton.pipelines.t5_pretrain.config import T5Pretrain, T5Shape
 from baton.stage import Leg
 from baton.train.base import load_tokenizer
 from baton.train.config import PathModel
-from baton.train.layers import recompute_layers
+from baton.train.layers import is_compiled, recompute_layers
 from baton.train.learner import Learner
 from baton.train.precision import Precision
 from baton.train.seq2seq import compile_blocks
@@ -85,8 +85,8 @@ class PairModel:
         network = network.to(device)
         if packed and config.train.activation_checkpointing:
             recompute_layers(network)
-        if packed and config.train.compile:
-            compile_blocks(network)
+        if packed and is_compiled(config.train, device):
+            compile_blocks(network, dynamic=False if config.train.fixed_shapes else None)
         identity = {"shape": encode(config.model), "vocabulary": said.vocab_size}
         return Learner(
             network=network,
