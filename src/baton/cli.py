@@ -152,6 +152,7 @@ def submit(
     from baton.handover import StopSignal
     from baton.launchers.base import Drill
     from baton.launchers.choose import launcher_for
+    from baton.record import replace
 
     frozen, tasks = _plan(exp, settings)
     where = _site(site)
@@ -186,7 +187,9 @@ def submit(
         click.echo(f"and {len(at_work) - _AT_MOST_NAMED} more, left alone")
     from baton.console import view
 
-    request = _request(read(path), root, waiting, parsed)
+    # How stages share jobs is no part of what is computed: it may change at every submission.
+    submitted = replace(read(path), split=frozen.split)
+    request = _request(submitted, root, waiting, parsed)
     if launcher.waits:
         stop.install()
     with view() as shown:

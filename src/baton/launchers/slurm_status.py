@@ -76,6 +76,10 @@ def _out_of_queue(status: TaskStatus, last: Past | None) -> TaskStatus:
         return status
     if last.state == "COMPLETED" or not last.why:
         return status
+    if status.state == "handed over":
+        # Whatever goes on by itself is in the queue before the leg's job has left it.
+        said = "nothing of it is in the queue: submit again to go on"
+        return replace(status, state="left", reason=f"{status.reason}; {said}")
     said = f"job {last.id} {last.why}"
     if status.state in ("not started", "running", "lost"):
         # Whatever the records say, nothing of it is in the queue any more.

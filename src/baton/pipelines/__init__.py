@@ -18,6 +18,7 @@ class Pipeline:
         stage_names: in order; `load_stages` returns the stages of these names.
         load_retrain: returns what trains a leg's newest checkpoint on to a given step, for
             `verify-resume`.
+        cpu_stages: those that need no GPU; split off, their jobs ask for none.
     """
 
     name: str
@@ -25,6 +26,7 @@ class Pipeline:
     stage_names: tuple[str, ...]
     load_stages: Callable[[], tuple[Stage, ...]]
     load_retrain: Callable[[], Callable[[Leg, int], Outcome]]
+    cpu_stages: tuple[str, ...] = ()
 
 
 def _medical_qa() -> Pipeline:
@@ -46,6 +48,7 @@ def _medical_qa() -> Pipeline:
         stage_names=("data", "train", "eval"),
         load_stages=load,
         load_retrain=retrain,
+        cpu_stages=("data",),
     )
 
 
