@@ -95,10 +95,10 @@ def freeze(home: Path, endpoint: str, *settings: str) -> subprocess.CompletedPro
     program = """
 import sys
 from pathlib import Path
-from baton import cli
+from baton.cli.target import plan_of
 from baton.frozen import freeze
 try:
-    plan, _ = cli._plan("qa", tuple(sys.argv[2:]))
+    plan, _ = plan_of("qa", sys.argv[2:])
     print(freeze(plan, Path(sys.argv[1])))
 except Exception as error:
     sys.stderr.write(str(error))

@@ -54,6 +54,11 @@ class Ranks:
         control = dist.new_group(backend="gloo", timeout=timeout)
         return cls(rank, size, device, control)
 
+    @classmethod
+    def of(cls, peers: object) -> Ranks:
+        """The ranks that a leg's peers are; a leg without any joins them now."""
+        return peers if isinstance(peers, Ranks) else cls.join()
+
     def leave(self) -> None:
         if self.size > 1:
             dist.destroy_process_group()

@@ -44,7 +44,7 @@ FOLDER = "eval"
 def evaluate(leg: Leg) -> Outcome:
     """Answer what is not answered yet, then score everything."""
     config: MedicalQA = leg.config
-    ranks = leg.peers if isinstance(leg.peers, Ranks) else Ranks.join()
+    ranks = Ranks.of(leg.peers)
     rows = chosen_rows(leg.folder, config)
     size = config.eval.generate.batch_size
     shards = [rows[i : i + size] for i in range(0, len(rows), size)]

@@ -56,7 +56,7 @@ def train(leg: Leg) -> Outcome:
 def build_loop(leg: Leg, *, stop_at: int | None = None) -> tuple[Loop, Learner]:
     """Everything the loop needs, from the task's configuration and its data folder."""
     config: MedicalQA = leg.config
-    ranks = leg.peers if isinstance(leg.peers, Ranks) else Ranks.join()
+    ranks = Ranks.of(leg.peers)
     if config.train.deterministic:
         make_deterministic()
     learner = learner_for(leg, ranks.device, packed=True)

@@ -1,0 +1,95 @@
+"""Working on one task here: `baton run`, `verify-resume`."""
+
+from __future__ import annotations
+
+import logging
+import sys
+
+import click
+
+from baton.cli.options import SET, SITE, STORE
+from baton.cli.target import Target
+from baton.errors import ExitStatus
+
+
+@click.command()
+@click.argument("plan_or_exp", metavar="PLAN")
+@click.option("--task", required=True, help="The task to work on.")
+@SITE
+@click.option(
+    "--store",
+    metavar="URL",
+    help="Where bytes live; default: where PLAN lies, or the site's store.",
+)
+@SET
+@click.option(
+    "--allow-changed",
+    metavar="KEY",
+    multiple=True,
+    help="Go on although this differs from the checkpoint (base, data).",
+)
+@click.option(
+    "--stage", metavar="NAME", envvar="BATON_STAGE", help="The last stage to run; default: all."
+)
+def run(
+    plan_or_exp: str,
+    task: str,
+    site: str,
+    store: str | None,
+    settings: tuple[str, ...],
+    allow_changed: tuple[str, ...],
+    stage: str | None,
+) -> None:
+    """Work on one task: what a container, a Slurm job or the local launcher executes.
+
+    PLAN is a plan.json, or an experiment's name. Exits with 0 when the task is finished, 75 when
+    it was handed over (run the same again), 78 when running again cannot help.
+    """
+    # Before any slow import: a signal may come while torch loads.
+    from baton.process import limit_threads, listen, log_to_stdout
+
+    stop = listen()
+    log_to_stdout()
+    from baton.runner import TaskRunner, submission_id, task_store
+
+    limit_threads(site)
+    target = Target.frozen(plan_or_exp, settings, site, store)
+    runner = TaskRunner(
+        plan=target.plan,
+        task=target.plan.task(task),
+        store=task_store(target.root, target.plan, task),
+        stop=stop,
+        submission=submission_id(),
+        allow_changed=allow_changed,
+        until=stage,
+    )
+    if sys.stdout.isatty():
+        from baton.console import Bars
+
+        with Bars() as bars:
+            runner.on_progress = lambda values: bars.progress(task, values)
+            status = runner.run()
+    else:
+        status = runner.run()
+    sys.exit(status)
+
+
+@click.command("verify-resume")
+@click.argument("task")
+@SET
+@SITE
+@STORE
+def verify_resume(task: str, settings: tuple[str, ...], site: str, store: str | None) -> None:
+    """Train again between a task's last two checkpoints; say whether the bytes are the same."""
+    from baton.process import limit_threads, listen, quiet_libraries
+    from baton.verify import verify
+
+    limit_threads(site)
+    target = Target.submitted(task, settings, site, store)
+    meant = target.plan.task(target.one_task("verify-resume"))
+    stop = listen()
+    quiet_libraries()
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    verdict = verify(target.plan, meant, target.root, stop)
+    click.echo(verdict.text)
+    sys.exit(ExitStatus.FINISHED if verdict.identical else ExitStatus.FAILED)
