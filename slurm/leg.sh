@@ -281,6 +281,13 @@ choose_runtime() {
   esac
 }
 
+# Print what this node would have to have and has not; false where nothing is missing.
+missing_program() {
+  local program=${baton[0]}
+  if [ "$runtime" = pyxis ]; then return 1; fi
+  ! command -v "$program" >/dev/null && echo "$program"
+}
+
 # --- what to run ----------------------------------------------------------------------------
 
 # Print the plan of an experiment and its tasks. It is frozen once a job: a later leg must not take
@@ -358,6 +365,10 @@ main() {
 
   if [ -n "$asked" ]; then
     status=75
+  elif missing=$(missing_program); then
+    # As baton's own errors begin, so that `baton status` quotes it.
+    echo "error: there is no $missing on ${SLURMD_NODENAME:-$(hostname)}, which BATON_RUNTIME=$runtime needs"
+    status=127
   else
     note "started host=$(hostname) nodes=${SLURM_JOB_NUM_NODES:-1} processes=${SLURM_NTASKS:-1}"
     # A process that ends early must not take down its peers, which may be saving; --wait ends those
