@@ -131,7 +131,8 @@ resubmit() {
   option array "${SLURM_ARRAY_TASK_ID:-}"
   if [ -z "$script" ]; then
     copy=$(mktemp) script=$copy
-    scontrol write batch_script "$SLURM_JOB_ID" "$script" >/dev/null
+    scontrol write batch_script "$SLURM_JOB_ID" "$script" >/dev/null ||
+      leave 75 'Slurm does not give its script out, see above: submit again to go on'
     options_of_this_job
     set -- "${arguments[@]}"
   else
@@ -141,7 +142,7 @@ resubmit() {
     # What Slurm says about this job is no wish about the next.
     for name in $(compgen -e | grep '^SLURM_' | grep -vx SLURM_CONF); do unset "$name"; done
     sbatch "${words[@]}" "$script" "$@"
-  )
+  ) || leave 75 'it could not be submitted again, see above: submit again to go on'
   if [ -n "$copy" ]; then rm -f "$copy"; fi
   new=${new%%;*}${SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}
   move_dependents "$new"

@@ -167,6 +167,21 @@ def test_where_a_requeue_is_refused_the_element_is_submitted_again(scripted: Scr
     assert first.split()[2] == second.split()[2] == f"submission=slurm:{array.number}_1"
 
 
+def test_where_nothing_can_be_submitted_either_a_person_is_told(scripted: Scripted) -> None:
+    """An `sbatch` that refuses stands for a limit of an account."""
+    folder = scripted.store / "bin"
+    folder.mkdir()
+    (folder / "sbatch").write_text("#!/bin/sh\necho too many jobs >&2; exit 1\n")
+    (folder / "sbatch").chmod(0o755)
+    scripted.task("a", "75 0")
+    path = f"{folder}:{os.environ['PATH']}"
+    job = scripted.submit(tasks="a", env={"BATON_REQUEUE": "resubmit", "PATH": path})
+    assert job.wait() == "FAILED"
+    assert job.field("ExitCode") == "79:0"
+    assert "too many jobs" in scripted.log("a")
+    assert "verdict=left reason='it could not be submitted again, see above" in scripted.log("a")
+
+
 def test_a_controller_that_is_away_for_a_moment_is_waited_for(scripted: Scripted) -> None:
     scripted.task("a", "listen 0")
     # A store may be named from the folder of the submission.
