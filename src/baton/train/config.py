@@ -95,9 +95,9 @@ class TrainConfig:
     batch_samples: Annotated[int, at_least(1)] = 16
     tokens_per_micro_batch: Annotated[int, at_least(1)] = 8192
     activation_checkpointing: bool = False
-    optimizer: Literal["adamw"] = "adamw"
+    optimizer: Literal["adamw", "adafactor"] = "adamw"
     learning_rate: Annotated[float, between(0, 10)] = 1e-4
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    schedule: Literal["cosine", "one_cycle", "linear", "constant"] = "cosine"
     warmup_ratio: Annotated[float, between(0, 1)] = 0.1
     warmup_steps: Annotated[int, at_least(0)] | None = None
     min_lr_ratio: Annotated[float, between(0, 1)] = 0.0
