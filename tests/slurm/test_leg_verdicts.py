@@ -168,10 +168,14 @@ def test_where_a_requeue_is_refused_the_element_is_submitted_again(scripted: Scr
 
 
 def test_where_nothing_can_be_submitted_either_a_person_is_told(scripted: Scripted) -> None:
-    """An `sbatch` that refuses stands for a limit of an account."""
+    """An `sbatch` that refuses what leg.sh submits stands for a limit of an account."""
     folder = scripted.store / "bin"
     folder.mkdir()
-    (folder / "sbatch").write_text("#!/bin/sh\necho too many jobs >&2; exit 1\n")
+    real = scripted.slurm("sh", "-c", "command -v sbatch")
+    (folder / "sbatch").write_text(
+        '#!/bin/sh\ncase " $* " in *" --dependency= "*) echo too many jobs >&2; exit 1 ;; esac\n'
+        f'exec {real} "$@"\n'
+    )
     (folder / "sbatch").chmod(0o755)
     scripted.task("a", "75 0")
     path = f"{folder}:{os.environ['PATH']}"
