@@ -32,10 +32,10 @@ class Batching(Protocol):
 
 @dataclass(frozen=True)
 class Packed:
-    """Samples end to end in one row, for causal models."""
+    """Samples end to end in one row, for causal models; `pad_to` as for `collate`."""
 
     device: torch.device
-    use_varlen: bool
+    pad_to: int | None
 
     def cut(
         self, source: TokenSource, indices: Indices, *, ranks: int, budget: int
@@ -43,4 +43,4 @@ class Packed:
         return pack(source.lengths(indices).tolist(), ranks=ranks, budget=budget)
 
     def collate(self, source: TokenSource, indices: Indices, *, budget: int) -> PackedBatch:
-        return collate(source, indices.tolist(), device=self.device, use_varlen=self.use_varlen)
+        return collate(source, indices.tolist(), device=self.device, pad_to=self.pad_to)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -13,6 +13,7 @@ import torch
 
 from baton.errors import ConfigError
 from baton.stage import Leg, Outcome
+from baton.train.ahead import Ahead
 from baton.train.attention import can_use_varlen
 from baton.train.batch import TokenSource
 from baton.train.batching import Batching, Packed
@@ -28,6 +29,9 @@ from baton.train.ranks import Ranks
 from baton.train.state import Timing, TrainState, Weights
 
 log = logging.getLogger(__name__)
+
+# Matrix products like even sizes; the pads are a percent or two of a full pack.
+_PAD_TO = 256
 
 
 class DevScore(Protocol):
@@ -100,7 +104,9 @@ class Loop:
         self.parameters = list(names)
         self.optimizer = build_optimizer(((n, p) for p, n in names.items()), config)
         use_varlen = can_use_varlen(self.ranks.device) and self.precision.is_half
-        self.batches = self.batching or Packed(self.ranks.device, use_varlen)
+        pad_to = _PAD_TO if use_varlen else None
+        self.batches = self.batching or Packed(self.ranks.device, pad_to)
+        self.ahead = Ahead(self._collated) if self.ranks.device.type == "cuda" else None
         self.state = TrainState(
             tokens_per_micro_batch=config.tokens_per_micro_batch,
             identity=self.identity,
@@ -153,6 +159,8 @@ class Loop:
             return self._run()
         finally:
             self.metrics.close()
+            if self.ahead is not None:
+                self.ahead.close()
 
     def _run(self) -> Outcome:
         state = self.state
@@ -193,7 +201,7 @@ class Loop:
         if self.read_ahead is not None:
             self.read_ahead.need(self._indices(step + self.read_ahead.steps))
         while True:
-            loss, out_of_memory = self._accumulate(indices, labelled)
+            loss, out_of_memory = self._accumulate(labelled)
             stop, memory, urgent, self._save_due = self.ranks.agree(
                 self.leg.stop.is_set,
                 out_of_memory,
@@ -222,28 +230,23 @@ class Loop:
     def _indices(self, step: int) -> Indices:
         return self.cursor.at(step, end=self.end)
 
-    def _accumulate(self, indices: Indices, labelled: int) -> tuple[torch.Tensor, bool]:
+    def _accumulate(self, labelled: int) -> tuple[torch.Tensor, bool]:
         """Add up gradients of this rank's share of the step, divided by all its labels.
 
         Returns the share's part of the loss, and whether memory ran out.
         """
-        shares = self.batches.cut(
-            self.train,
-            indices,
-            ranks=self.ranks.size,
-            budget=self.state.tokens_per_micro_batch,
-        )
+        step, budget = self.state.step, self.state.tokens_per_micro_batch
+        batches = self._collated(step, budget)
+        if self.ahead is not None:
+            batches = self.ahead.take(step, budget)
         total = torch.zeros((), device=self.ranks.device)
         self.model.train()
         try:
-            for number, share in enumerate(shares[self.ranks.rank]):
+            for number, batch in enumerate(batches):
                 if self.leg.stop.is_urgent:
                     break
-                batch = self._collate(self.train, indices[share])
                 # Dropout follows from where we are, so there is no RNG state to save.
-                torch.manual_seed(
-                    mix_seed(self.config.seed, self.state.step, self.ranks.rank, number)
-                )
+                torch.manual_seed(mix_seed(self.config.seed, step, self.ranks.rank, number))
                 with self.precision.autocast():
                     loss = self.loss(batch) / labelled
                 self.precision.backward(loss)
@@ -251,6 +254,13 @@ class Loop:
         except torch.OutOfMemoryError:
             return total, True
         return total, False
+
+    def _collated(self, step: int, budget: int) -> Iterator[Any]:
+        """The micro-batches of this rank's share of a step."""
+        indices = self._indices(step)
+        shares = self.batches.cut(self.train, indices, ranks=self.ranks.size, budget=budget)
+        for share in shares[self.ranks.rank]:
+            yield self.batches.collate(self.train, indices[share], budget=budget)
 
     def _collate(self, source: TokenSource, indices: Indices) -> Any:
         return self.batches.collate(source, indices, budget=self.state.tokens_per_micro_batch)

@@ -108,6 +108,7 @@ class TaskModel:
 
     def learner(self, device: torch.device, *, packed: bool) -> Learner:
         """The model with what learns of it: to train (`packed`), or to generate."""
+        from baton.train.layers import is_compiled
         from baton.train.learner import build_learner
         from baton.train.precision import Precision
 
@@ -122,4 +123,5 @@ class TaskModel:
             packed=packed,
             seed=config.train.seed,
             activation_checkpointing=packed and config.train.activation_checkpointing,
+            compiled=packed and is_compiled(config.train, device),
         )

@@ -16,7 +16,8 @@ from baton.pipelines.t5_pretrain.config import OwnTokenizer, T5Pretrain, T5Shape
 from baton.stage import Leg
 from baton.train.base import load_tokenizer
 from baton.train.config import PathModel
-from baton.train.learner import Learner, checkpoint_activations
+from baton.train.layers import recompute_layers
+from baton.train.learner import Learner
 from baton.train.precision import Precision
 from baton.train.seq2seq import compile_blocks
 from baton.train.state import FullWeights
@@ -84,7 +85,7 @@ class PairModel:
             network = network.to(dtype)
         network = network.to(device)
         if packed and config.train.activation_checkpointing:
-            checkpoint_activations(network)
+            recompute_layers(network)
         if packed and config.train.compile:
             compile_blocks(network)
         identity = {"shape": encode(config.model), "vocabulary": said.vocab_size}
