@@ -89,8 +89,9 @@ def _opened(path: Path, *, keep: int) -> IO[bytes]:
     """A file to append to, cut to its first `keep` bytes."""
     if not keep:
         return open(path, "wb")
-    if path.stat().st_size < keep:
-        raise DamagedError(f"{path}: {path.stat().st_size:,} bytes, expected at least {keep:,}")
+    size = path.stat().st_size if path.exists() else 0
+    if size < keep:
+        raise DamagedError(f"{path}: {size:,} bytes, expected at least {keep:,}")
     file = open(path, "r+b")  # noqa: SIM115  (the writer closes it)
     file.truncate(keep)
     file.seek(keep)

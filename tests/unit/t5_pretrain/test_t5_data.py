@@ -133,7 +133,8 @@ def test_a_data_stage_handed_over_and_killed_ends_in_the_same_bytes(
         @property
         def is_set(self) -> bool:
             self.asked += 1
-            if self.asked == 2:
+            # Asked for every row that is passed by, then after each batch.
+            if self.asked == 2048 + 2:
                 raise Killed
             return False
 
@@ -148,6 +149,41 @@ def test_a_data_stage_handed_over_and_killed_ends_in_the_same_bytes(
     reports = [json.loads((t.root / "data" / "report.json").read_bytes()) for t in (whole, cut)]
     assert reports[0] == reports[1]
     assert reports[0]["tokens"]["train"]["samples"] + reports[0]["rows"]["valid"] == 9000
+
+
+def test_a_kill_after_the_last_row_encodes_nothing_again(
+    many: Path, task: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, cut = task(many), task(many)
+    assert whole.prepare() is Outcome.FINISHED
+
+    class Killed(BaseException):
+        pass
+
+    def killed(path: Path) -> str:
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(stage, "sha256_of", killed)
+        with pytest.raises(Killed):
+            cut.prepare()
+    before = (cut.root / "data" / "train.tokens").stat().st_mtime_ns
+    assert cut.prepare() is Outcome.FINISHED
+    assert (cut.root / "data" / "train.tokens").stat().st_mtime_ns == before
+    assert cut.files() == whole.files()
+
+
+def test_token_files_that_are_gone_are_made_anew(
+    many: Path, task: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, cut = task(many), task(many)
+    assert whole.prepare() is Outcome.FINISHED
+    cut.stop._handle(15, None)
+    assert cut.prepare() is Outcome.HANDED_OVER
+    (cut.root / "data" / ".train.tokens").unlink()
+    cut.stop = StopSignal()
+    assert cut.prepare() is Outcome.FINISHED
+    assert cut.files() == whole.files()
 
 
 def test_validation_pairs_may_be_a_file_of_their_own(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import logging
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from baton.data.rows import Row
 from baton.data.source import RowSource, open_source
 from baton.data.tokenise import TokenWriter
 from baton.data.vocabulary import train_vocabulary
-from baton.errors import DataError
+from baton.errors import DamagedError, DataError
 from baton.pipelines.t5_pretrain.config import OwnTokenizer, T5Pretrain
 from baton.pipelines.t5_pretrain.model import PairModel
 from baton.record import dump_json
@@ -31,7 +32,11 @@ from baton.train.base import load_tokenizer
 from baton.train.config import PathModel
 from baton.tuning.model import BASE, DATA
 
+log = logging.getLogger(__name__)
+
 SHARDS = f"{DATA}/shards"
+# Sorts behind the numbers of rows.
+ALL_ENCODED = f"{SHARDS}/all.json"
 # Reading rows again costs a leg a twentieth of encoding them; so long a stretch is encoded twice.
 _KEEP_EVERY_SAMPLES = 200_000
 
@@ -141,13 +146,14 @@ def _encode_train(
     if shards:
         counts = decode(PairCounts, json.loads(leg.store.read(shards[-1])), where=shards[-1])
         leg.log("data", note=f"going on after {counts.samples:,} encoded rows")
-    writer = TokenWriter(
-        leg.folder / DATA,
-        "train",
-        vocab_size=len(tokenizer),
-        samples=counts.samples,
-        tokens=counts.tokens,
-    )
+    if shards[-1:] == [ALL_ENCODED]:
+        return counts if _pass_by(leg, rows) else None
+    try:
+        writer = _open_writer(leg, counts, tokenizer)
+    except DamagedError as error:
+        log.warning("%s; encoding starts anew", error)
+        counts = PairCounts()
+        writer = _open_writer(leg, counts, tokenizer)
     kept = counts.samples
 
     def goes_on(counts: PairCounts) -> bool:
@@ -156,17 +162,38 @@ def _encode_train(
         leg.report(step=counts.samples, unit="rows")
         if stop or counts.samples - kept >= _KEEP_EVERY_SAMPLES:
             writer.sync()
-            leg.check_fence()
-            name = f"{SHARDS}/{counts.samples:012d}.json"
-            leg.store.write(name, dump_json(dataclasses.asdict(counts)))
+            _keep_counts(leg, f"{SHARDS}/{counts.samples:012d}.json", counts)
             kept = counts.samples
         return not stop
 
-    rest = itertools.islice(rows, counts.samples, None)
-    if write_pairs(encoder, rest, writer, counts, goes_on=goes_on):
-        return counts
-    writer.close()
-    return None
+    done = _pass_by(leg, itertools.islice(rows, counts.samples)) and write_pairs(
+        encoder, rows, writer, counts, goes_on=goes_on
+    )
+    if not done:
+        writer.close()
+        return None
+    _keep_counts(leg, ALL_ENCODED, counts)
+    return counts
+
+
+def _open_writer(leg: Leg, counts: PairCounts, tokenizer: Any) -> TokenWriter:
+    return TokenWriter(
+        leg.folder / DATA,
+        "train",
+        vocab_size=len(tokenizer),
+        samples=counts.samples,
+        tokens=counts.tokens,
+    )
+
+
+def _keep_counts(leg: Leg, name: str, counts: PairCounts) -> None:
+    leg.check_fence()
+    leg.store.write(name, dump_json(dataclasses.asdict(counts)))
+
+
+def _pass_by(leg: Leg, rows: Iterator[Row]) -> bool:
+    """Read rows that are encoded already; False when asked to stop before their end."""
+    return not any(leg.stop.is_set for _ in rows)
 
 
 class _ValidFile:
