@@ -175,12 +175,14 @@ def _notice(tasks: Sequence[TaskPlan]) -> str:
 
 
 def _local_files(tasks: Sequence[TaskPlan]) -> list[str]:
-    """Every `data.path` of the tasks, once."""
+    """Every file that the tasks' `data` names, once: rows, and formats that are files."""
     paths: dict[str, None] = {}
     for task in tasks:
         data: Any = task.config.get("data")
         if isinstance(data, dict) and isinstance(data.get("path"), str):
             paths[data["path"]] = None
+        if isinstance(data, dict) and str(data.get("format")).endswith((".yaml", ".yml")):
+            paths[data["format"]] = None
     return list(paths)
 
 

@@ -59,5 +59,29 @@ def _medical_qa() -> Pipeline:
     )
 
 
-PIPELINES: dict[str, Callable[[], Pipeline]] = {"medical_qa": _medical_qa}
-"""LoRA and QLoRA over data scale on question answering: data, train, eval."""
+def _raft() -> Pipeline:
+    from baton.pipelines.raft.config import Raft
+
+    def load() -> tuple[Stage, ...]:
+        from baton.pipelines.raft.stages import STAGES
+
+        return STAGES
+
+    def answer() -> Callable[[Trained], Answerer]:
+        from baton.pipelines.raft.answer import RaftAnswerer
+
+        return RaftAnswerer
+
+    return Pipeline(
+        name="raft",
+        config=Raft,
+        stage_names=("data", "train", "eval"),
+        load_stages=load,
+        load_retrain=_load_tuning,
+        load_answer=answer,
+    )
+
+
+PIPELINES: dict[str, Callable[[], Pipeline]] = {"medical_qa": _medical_qa, "raft": _raft}
+"""medical_qa: LoRA and QLoRA over data scale on question answering. raft: a teacher's grounded
+answers, distilled. Both: data, train, eval."""
