@@ -50,8 +50,8 @@ class RaftAnswerer:
         documents = self._prompter.fit_prompt(ask.question, ask.documents, limit=limit)
         if documents is None:
             raise DataError(
-                f"question and {len(ask.documents)} documents do not fit into {limit:,} tokens, even"
-                " shortened; ask about fewer"
+                f"question and {len(ask.documents)} documents do not fit into {limit:,} tokens,"
+                " even shortened; ask about fewer"
             )
         prompt = self._prompter.prompt_text(ask.question, documents)
         ends = (self._prompter.end_of_turn,)

@@ -92,6 +92,12 @@ def prepare(leg: Leg) -> Outcome:
         "sha256": {name: sha256_of(folder / name) for name in _FILES},
     }
     leg.store.write(f"{DATA}/report.json", dump_json(report))
+    if report["oracle_always_shown"]:
+        leg.log(
+            "data",
+            note=f"{report['oracle_always_shown']} training rows have no absent_answer, so they"
+            " always show their oracle",
+        )
     leg.log(
         "data",
         train=counts["train"]["samples"] // versions,
@@ -219,11 +225,12 @@ def _prompt_limit(model: TaskModel, config: Raft) -> int:
     context = model.context()
     if context is None:
         return config.data.max_length
-    room = context - config.eval.generate.max_new_tokens
+    answer = config.eval.generate.max_new_tokens
+    room = context - answer
     if room < 1:
         raise DataError(
-            f"eval.generate.max_new_tokens: {config.eval.generate.max_new_tokens} leaves no room for"
-            f" a prompt in the model's context of {context} tokens"
+            f"eval.generate.max_new_tokens: {answer} leaves no room for a prompt in the model's"
+            f" context of {context} tokens"
         )
     return min(config.data.max_length, room)
 

@@ -109,7 +109,9 @@ class Prompter:
         Equally long documents tell nothing about which of them is the oracle.
         """
         tokens = [self._count(text.shortened) for text in texts]
-        least = [max(_LEAST_TOKENS, text.needed_tokens(n)) for text, n in zip(texts, tokens, strict=True)]
+        least = [
+            max(_LEAST_TOKENS, text.needed_tokens(n)) for text, n in zip(texts, tokens, strict=True)
+        ]
         goal = sum(tokens) - over
 
         def kept(level: int) -> list[int]:
