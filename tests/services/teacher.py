@@ -40,6 +40,8 @@ class Teacher:
     log: Path | None = None
     key: str | None = None
     """If set, requests without it are refused."""
+    refuses: str | None = None
+    """A request that holds this text is refused with 400."""
     dies_after: int | None = None
     """So many requests, then every one is answered with 503."""
     asked: Counter[str] = field(default_factory=Counter)
@@ -86,7 +88,7 @@ class _Handler(BaseHTTPRequestHandler):
         if teacher.key is not None and self.headers["Authorization"] != f"Bearer {teacher.key}":
             self._send(401, {"error": {"message": "wrong key"}})
             return
-        if not self.path.endswith("/chat/completions"):
+        if self.path != "/v1/chat/completions":
             self._send(404, {"error": {"message": f"nothing at {self.path}"}})
             return
         request = json.loads(body)
@@ -103,7 +105,9 @@ class _Handler(BaseHTTPRequestHandler):
     def _answer(self, request: dict[str, Any], digest: str, fault: str | None) -> None:
         teacher = self.teacher
         time.sleep(teacher.delay_seconds)
-        if fault == "dead":
+        if teacher.refuses is not None and teacher.refuses in body_text(request):
+            self._send(400, {"error": {"message": "this request is refused"}})
+        elif fault == "dead":
             self._send(503, {"error": {"message": "gone"}})
         elif fault == "busy":
             self._send(429, {"error": {"message": "slow down"}}, {"Retry-After": "1"})

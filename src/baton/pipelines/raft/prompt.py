@@ -42,12 +42,9 @@ class Prompter:
         self._max_length = max_length
         self._head = ""
         self._encoder = ChatEncoder(tokenizer, system=format.system, max_length=sys.maxsize)
-        if format.system is not None:
-            try:
-                self._encoder.prompt_text("?")
-            except DataError:
-                self._head = f"{format.system}\n\n"
-                self._encoder = ChatEncoder(tokenizer, system=None, max_length=sys.maxsize)
+        if format.system is not None and not _says(self._encoder, format.system):
+            self._head = f"{format.system}\n\n"
+            self._encoder = ChatEncoder(tokenizer, system=None, max_length=sys.maxsize)
 
     @property
     def end_of_turn(self) -> int:
@@ -133,6 +130,14 @@ class Prompter:
 
     def _count(self, text: str) -> int:
         return len(self._tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def _says(encoder: ChatEncoder, system: str) -> bool:
+    """Does the template write a system prompt? Some refuse one, some leave it out in silence."""
+    try:
+        return system.strip() in encoder.prompt_text("?")
+    except DataError:
+        return False
 
 
 class _Text:
