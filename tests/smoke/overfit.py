@@ -1,0 +1,83 @@
+"""Sixty-four rows that a tiny student can learn by heart, and what it answers afterwards."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+THINGS = [
+    "琥珀",
+    "玄武岩",
+    "雪松",
+    "三角洲",
+    "余烬",
+    "峡湾",
+    "花岗岩",
+    "港口",
+    "岛屿",
+    "茉莉",
+    "风筝",
+    "灯笼",
+]
+PLACES = ["山顶", "河边", "海底", "城里", "桥下", "林中", "沙漠", "井里"]
+# The format of medical answers with a prompt of few words: what is learnt is the answer.
+FORMAT = """\
+user: '{% for document in documents %}[文档{{ loop.index }}]{{ document }}
+  {% endfor %}{{ question }}'
+headings: [问题, 假设/已知信息, CoT推理, 初步诊断建议(含不确定度), 证据引用, 不足信息与后续建议, 紧急就医指示(红旗症状)]
+citation: 文档
+quote: {begin: “, end: ”, heading: 证据引用}
+admits: [文档中没有足够的证据]
+teacher: {questions: '{{ oracle }}', answer: '{{ oracle }}', absent: '{{ question }}'}
+"""
+EXPERIMENT = """\
+pipeline: raft
+model:
+  source: random
+  config: {model_type: qwen2, hidden_size: 128, intermediate_size: 256, num_hidden_layers: 2,
+           num_attention_heads: 4, num_key_value_heads: 2, max_position_embeddings: 512,
+           initializer_range: 0.1}
+  tokenizer_vocab: 1500
+data: {path: ROWS, format: FORMAT, distractors: 2, p: 0.8, max_length: 256, rows: 64, orders: 4}
+adapter: {r: 64, alpha: 128, targets: all-linear}
+train: {epochs: EPOCHS, batch_samples: 8, tokens_per_micro_batch: 2048, learning_rate: LR,
+        save_every_steps: 1000, eval_every_steps: 10000, log_every_steps: 20}
+eval: {generate: {max_new_tokens: 128, batch_size: 32}, bootstrap_resamples: 100}
+"""
+
+
+def write(folder: Path, *, epochs: int = 30, learning_rate: float = 3e-3) -> Path:
+    """Write rows, format and experiment to a folder; returns the experiment's path."""
+    facts = {(t, p): f"{t}在{p}很多,{p}的人都知道。" for t in THINGS for p in PLACES}
+    keys = list(facts)
+    lines = []
+    for number, (thing, place) in enumerate(keys[:80]):
+        question = f"{thing}在{place}多吗?"
+        others = [facts[keys[(number + step) % len(keys)]] for step in (5, 17, 40)]
+        documents = [{"content": text, "type": "distractor"} for text in others]
+        documents.insert(number % 4, {"content": facts[thing, place], "type": "oracle"})
+        oracle, other = number % 4 + 1, (number + 1) % 4 + 1
+        admitted = f"文档中没有足够的证据。[文档{other}]:“{documents[other - 1]['content']}”"
+        lines.append(
+            {
+                "question": question,
+                "documents": documents,
+                "teacher_answer": answer(
+                    question, f"[文档{oracle}]:“{facts[thing, place]}”", "无。"
+                ),
+                "absent_answer": answer(question, admitted, "缺少资料。"),
+            }
+        )
+    rows, format, experiment = (folder / name for name in ("rows.jsonl", "mine.yaml", "fit.yaml"))
+    rows.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+    format.write_text(FORMAT)
+    text = EXPERIMENT.replace("ROWS", str(rows)).replace("FORMAT", str(format))
+    experiment.write_text(text.replace("EPOCHS", str(epochs)).replace("LR", str(learning_rate)))
+    return experiment
+
+
+def answer(question: str, evidence: str, missing: str) -> str:
+    return (
+        f"问题\n{question}\n假设/已知信息\n无。\nCoT推理\n1. 看文档。\n初步诊断建议(含不确定度)\n看证据。\n"
+        f"证据引用\n{evidence}\n不足信息与后续建议\n{missing}\n紧急就医指示(红旗症状)\n无。"
+    )
