@@ -24,7 +24,8 @@ PLACES = ["山顶", "河边", "海底", "城里", "桥下", "林中", "沙漠", 
 FORMAT = """\
 user: '{% for document in documents %}[文档{{ loop.index }}]{{ document }}
   {% endfor %}{{ question }}'
-headings: [问题, 假设/已知信息, CoT推理, 初步诊断建议(含不确定度), 证据引用, 不足信息与后续建议, 紧急就医指示(红旗症状)]
+headings: [问题, 假设/已知信息, CoT推理, 初步诊断建议(含不确定度), 证据引用,
+  不足信息与后续建议, 紧急就医指示(红旗症状)]
 citation: 文档
 quote: {begin: “, end: ”, heading: 证据引用}
 admits: [文档中没有足够的证据]
@@ -78,6 +79,7 @@ def write(folder: Path, *, epochs: int = 30, learning_rate: float = 3e-3) -> Pat
 
 def answer(question: str, evidence: str, missing: str) -> str:
     return (
-        f"问题\n{question}\n假设/已知信息\n无。\nCoT推理\n1. 看文档。\n初步诊断建议(含不确定度)\n看证据。\n"
+        f"问题\n{question}\n假设/已知信息\n无。\nCoT推理\n1. 看文档。\n"
+        "初步诊断建议(含不确定度)\n看证据。\n"
         f"证据引用\n{evidence}\n不足信息与后续建议\n{missing}\n紧急就医指示(红旗症状)\n无。"
     )

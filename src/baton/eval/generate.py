@@ -1,10 +1,10 @@
-"""Answers of a causal model to prompts, a batch at a time."""
+"""Answers of a model to prompts, a batch at a time."""
 
 from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,19 +56,78 @@ def generate(
         padding_side="left",
         return_tensors="pt",
     ).to(model.device)
+    return _run(
+        model,
+        tokenizer,
+        encoded,
+        config,
+        skip=encoded["input_ids"].shape[1],
+        ends=ends,
+        seed=seed,
+        should_stop=should_stop,
+        on_text=on_text,
+    )
+
+
+def generate_responses(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[Sequence[int]],
+    config: GenerateConfig,
+    *,
+    seed: int = 0,
+    should_stop: Callable[[], bool] = lambda: False,
+    on_text: Callable[[str], None] | None = None,
+) -> Answers | None:
+    """`generate` for an encoder-decoder model; `prompts` are tokens as its encoder takes them."""
+    width = max(map(len, prompts))
+    ids = torch.full((len(prompts), width), int(tokenizer.pad_token_id))
+    mask = torch.zeros_like(ids)
+    for row, prompt in enumerate(prompts):
+        ids[row, : len(prompt)] = torch.tensor(prompt)
+        mask[row, : len(prompt)] = 1
+    return _run(
+        model,
+        tokenizer,
+        {"input_ids": ids.to(model.device), "attention_mask": mask.to(model.device)},
+        config,
+        skip=1,
+        start=int(model.config.decoder_start_token_id),
+        seed=seed,
+        should_stop=should_stop,
+        on_text=on_text,
+    )
+
+
+def _run(
+    model: Any,
+    tokenizer: Any,
+    encoded: Mapping[str, torch.Tensor],
+    config: GenerateConfig,
+    *,
+    skip: int,
+    seed: int,
+    should_stop: Callable[[], bool],
+    on_text: Callable[[str], None] | None,
+    start: int | None = None,
+    ends: Sequence[int] = (),
+) -> Answers | None:
+    """Generate and decode; the first `skip` tokens of each row are not part of the answer."""
     stop = _Stop(should_stop)
     if config.sampling is not None:
         torch.manual_seed(config.sampling.seed * 1_000_003 + seed)
     ends = sorted({*end_tokens(model, tokenizer), *ends})
+    decoding = _decoding(config, ends, tokenizer)
+    decoding.decoder_start_token_id = start
     started = time.monotonic()
     with torch.inference_mode(), _own_defaults_hidden(model):
         output = model.generate(
             **encoded,
-            generation_config=_decoding(config, ends, tokenizer),
+            generation_config=decoding,
             stopping_criteria=StoppingCriteriaList([stop]),
             streamer=None if on_text is None else _Teller(tokenizer, on_text),
         )
-    answers = output[:, encoded["input_ids"].shape[1] :].tolist()  # waits for the device
+    answers = output[:, skip:].tolist()  # waits for the device
     seconds = time.monotonic() - started
     if stop.stopped:
         return None

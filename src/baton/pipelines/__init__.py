@@ -82,6 +82,38 @@ def _raft() -> Pipeline:
     )
 
 
-PIPELINES: dict[str, Callable[[], Pipeline]] = {"medical_qa": _medical_qa, "raft": _raft}
+def _t5_pretrain() -> Pipeline:
+    from baton.pipelines.t5_pretrain.config import T5Pretrain
+
+    def load() -> tuple[Stage, ...]:
+        from baton.pipelines.t5_pretrain.stages import STAGES
+
+        return STAGES
+
+    def load_retrain() -> Callable[[Leg, int], Outcome]:
+        from baton.pipelines.t5_pretrain.training import retrain
+
+        return retrain
+
+    def answer() -> Callable[[Trained], Answerer]:
+        from baton.pipelines.t5_pretrain.answer import T5Answerer
+
+        return T5Answerer
+
+    return Pipeline(
+        name="t5_pretrain",
+        config=T5Pretrain,
+        stage_names=("data", "train", "eval"),
+        load_stages=load,
+        load_retrain=load_retrain,
+        load_answer=answer,
+    )
+
+
+PIPELINES: dict[str, Callable[[], Pipeline]] = {
+    "medical_qa": _medical_qa,
+    "raft": _raft,
+    "t5_pretrain": _t5_pretrain,
+}
 """medical_qa: LoRA and QLoRA over data scale on question answering. raft: a teacher's grounded
-answers, distilled. Both: data, train, eval."""
+answers, distilled. t5_pretrain: an encoder-decoder from nothing."""

@@ -1,4 +1,4 @@
-"""The checkpoint that answers: the best by dev loss that is whole."""
+"""The checkpoint that answers: the best by dev score or loss that is whole."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 from baton.errors import DamagedError, NameMissing
 from baton.store.base import Store
 from baton.store.checkpoint import Checkpoints
+from baton.train.state import badness
 
 log = logging.getLogger(__name__)
 
@@ -28,8 +29,8 @@ def fetch_best(checkpoints: Checkpoints, store: Store, target: Path, *, task: st
         history = json.loads(store.read(HISTORY))
     except NameMissing:
         history = []
-    dev_loss = {int(step): loss for step, loss in history}
-    steps = sorted(checkpoints.steps(), key=lambda s: (dev_loss.get(s, float("inf")), -s))
+    rank = {int(row[0]): badness(row) for row in history}
+    steps = sorted(checkpoints.steps(), key=lambda s: (rank.get(s, float("inf")), -s))
     for step in steps:
         try:
             checkpoints.fetch(step, target)

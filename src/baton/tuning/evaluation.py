@@ -13,7 +13,7 @@ import torch
 
 from baton.config.decode import decode, encode
 from baton.errors import DamagedError
-from baton.eval.generate import generate
+from baton.eval.generate import Answers, generate
 from baton.eval.score import ScoreSheet
 from baton.record import (
     EvalRecord,
@@ -32,7 +32,7 @@ from baton.train.metrics import FILE as METRICS
 from baton.train.metrics import read_lines
 from baton.train.ranks import Ranks
 from baton.tuning.best import TRAIN, fetch_best
-from baton.tuning.model import TaskModel, Tuning
+from baton.tuning.model import Model, TaskModel, Tuning
 from baton.tuning.training import SUMMARY, read_report
 
 FOLDER = "eval"
@@ -60,11 +60,15 @@ class Exam:
     Attributes:
         ends: tokens that end an answer besides the model's own.
         score: from the answers, in the order of the questions.
+        model: who answers; the task's chat model unless given.
+        answer: how it answers a batch of prompts; see `generate`.
     """
 
     questions: Sequence[Question]
     ends: Sequence[int]
     score: Callable[[Sequence[str]], ScoreSheet]
+    model: Model | None = None
+    answer: Callable[..., Answers | None] = generate
 
 
 def hold(leg: Leg, exam: Exam) -> Outcome:
@@ -108,7 +112,7 @@ def _answer(
     leg: Leg, ranks: Ranks, exam: Exam, shards: Sequence[Sequence[Question]], mine: list[int]
 ) -> None:
     config: Tuning = leg.config
-    model = TaskModel.of(leg)
+    model = exam.model or TaskModel.of(leg)
     learner = model.learner(ranks.device, packed=False)
     learner.weights.load(_best_folder(leg, ranks))
     learner.model.eval()
@@ -116,7 +120,7 @@ def _answer(
     total = len(shards)
     answered = total - len(mine)
     for number in mine:
-        answers = generate(
+        answers = exam.answer(
             learner.model,
             tokenizer,
             [question.prompt for question in shards[number]],
@@ -164,7 +168,7 @@ def _score(leg: Leg, ranks: Ranks, exam: Exam, shards: int, best_step: int) -> N
         task=leg.task.name,
         pipeline=leg.plan.pipeline,
         labels=leg.task.labels,
-        model=TaskModel.of(leg).description(),
+        model=(exam.model or TaskModel.of(leg)).description(),
         data={"rows": report["rows"], "tokens": report["tokens"]["train"]},
         scores=[decode(ScoreEntry, encode(score)) for score in sheet.scores],
         training=decode(

@@ -11,20 +11,19 @@ from baton.train.adapters import FOLDER as ADAPTER
 from baton.train.learner import Learner
 from baton.train.state import MODEL
 from baton.tuning.best import TRAIN, fetch_best
-from baton.tuning.model import TaskModel, Tuning
+from baton.tuning.model import Model
 
 FINAL = f"{TRAIN}/final"
 # Written last: where it is, everything is.
 TASK = "task.json"
 
 
-def write_final(leg: Leg, learner: Learner) -> None:
+def write_final(leg: Leg, learner: Learner, model: Model, *, method: str) -> None:
     """Put the best weights, the tokenizer and the resolved configuration below `train/final`.
 
     An adapter is a folder for `PeftModel.from_pretrained`, a fully trained model one for
-    `AutoModelForCausalLM.from_pretrained`. `task.json` says what it is and where it comes from.
+    `from_pretrained` of its own class. `task.json` says what it is and where it comes from.
     """
-    config: Tuning = leg.config
     checkpoints = Checkpoints(
         leg.store, f"{TRAIN}/checkpoints", leg.record.number, leg.check_fence, leg.now
     )
@@ -32,13 +31,12 @@ def write_final(leg: Leg, learner: Learner) -> None:
     shutil.rmtree(final, ignore_errors=True)
     final.mkdir()
     step = fetch_best(checkpoints, leg.store, best, task=leg.task.name)
-    if config.adapter.method == "full":
+    if method == "full":
         learner.network.config.save_pretrained(final)
         learner.network.generation_config.save_pretrained(final)
         shutil.copyfile(best / MODEL, final / MODEL)
     else:
         shutil.copytree(best / ADAPTER, final, dirs_exist_ok=True)
-    model = TaskModel.of(leg)
     model.tokenizer().save_pretrained(final)
     leg.check_fence()
     for name in list(leg.store.names(FINAL)):
@@ -52,7 +50,7 @@ def write_final(leg: Leg, learner: Learner) -> None:
         "task": leg.task.name,
         "pipeline": leg.plan.pipeline,
         "model": model.description(),
-        "method": config.adapter.method,
+        "method": method,
         "step": step,
         "config": leg.task.config,
     }

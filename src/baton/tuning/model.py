@@ -37,6 +37,20 @@ class Tuning(Protocol):
     def eval(self) -> EvalConfig: ...
 
 
+class Model(Protocol):
+    """The model of a task, of whatever kind."""
+
+    def tokenizer(self) -> Any: ...
+
+    def description(self) -> dict[str, str]:
+        """The model as records name it."""
+        ...
+
+    def learner(self, device: torch.device, *, packed: bool) -> Learner:
+        """The model with what learns of it: to train (`packed`), or to generate."""
+        ...
+
+
 @dataclass(frozen=True, kw_only=True)
 class TaskModel:
     """The model of the task in `folder`; `pins` are the commits of its plan."""
@@ -94,6 +108,7 @@ class TaskModel:
 
     def learner(self, device: torch.device, *, packed: bool) -> Learner:
         """The model with what learns of it: to train (`packed`), or to generate."""
+        from baton.train.layers import is_compiled
         from baton.train.learner import build_learner
         from baton.train.precision import Precision
 
@@ -108,4 +123,5 @@ class TaskModel:
             packed=packed,
             seed=config.train.seed,
             activation_checkpointing=packed and config.train.activation_checkpointing,
+            compiled=packed and is_compiled(config.train, device),
         )

@@ -9,6 +9,7 @@ from baton.data.tokenise import TokenFile
 from baton.record import dump_json
 from baton.stage import Leg, Outcome
 from baton.train.environment import environment_of, make_deterministic
+from baton.train.layers import is_compiled
 from baton.train.learner import Learner
 from baton.train.loop import Loop
 from baton.train.loss import CausalLoss
@@ -16,14 +17,20 @@ from baton.train.precision import Precision
 from baton.train.ranks import Ranks
 from baton.tuning.best import HISTORY, TRAIN
 from baton.tuning.final import write_final
-from baton.tuning.model import DATA, TaskModel, Tuning
+from baton.tuning.model import DATA, Model, TaskModel, Tuning
 
 SUMMARY = f"{TRAIN}/summary.json"
 
 
 def train(leg: Leg) -> Outcome:
     """Train to the end or to the next handover, then write down what it took and what it made."""
+    config: Tuning = leg.config
     loop, learner = build_loop(leg)
+    return run(leg, loop, learner, TaskModel.of(leg), method=config.adapter.method)
+
+
+def run(leg: Leg, loop: Loop, learner: Learner, model: Model, *, method: str) -> Outcome:
+    """Run a loop; at its end write the summary, the history of evaluations and the best model."""
     outcome = loop.run()
     if outcome is Outcome.FINISHED and leg.is_first:
         state, timing = loop.state, loop.timing
@@ -48,7 +55,7 @@ def train(leg: Leg) -> Outcome:
         }
         leg.store.write(SUMMARY, dump_json(summary))
         leg.store.write(HISTORY, dump_json([list(row) for row in state.dev_history]))
-        write_final(leg, learner)
+        write_final(leg, learner, model, method=method)
     return outcome
 
 
@@ -75,6 +82,7 @@ def build_loop(leg: Leg, *, stop_at: int | None = None) -> tuple[Loop, Learner]:
             loss=CausalLoss(
                 learner.network,
                 compute_dtype=Precision.choose(config.train.precision, ranks.device).dtype,
+                compiled=is_compiled(config.train, ranks.device),
             ),
             train=TokenFile(leg.folder / DATA, "train"),
             dev=TokenFile(leg.folder / DATA, "dev"),

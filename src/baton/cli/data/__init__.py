@@ -5,6 +5,7 @@ from __future__ import annotations
 import click
 
 from baton.cli.data.raft import raft
+from baton.cli.data.t5 import t5
 
 
 @click.group()
@@ -12,5 +13,5 @@ def data() -> None:
     """Check training data before a run, or make it."""
 
 
-for _pipeline in (raft,):
+for _pipeline in (raft, t5):
     data.add_command(_pipeline)
