@@ -5,6 +5,21 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from baton.config.decode import decode
+from baton.data.split import split
+from baton.eval.answer import Trained
+from baton.eval.generate import generate
+from baton.eval.score import Score
+from baton.pipelines.raft.config import Raft
+from baton.pipelines.raft.draw import Draw
+from baton.pipelines.raft.format import load_format
+from baton.pipelines.raft.prompt import Prompter
+from baton.pipelines.raft.rows import read
+from baton.pipelines.raft.scores import Given, score_answers
+from baton.record import Plan
+from baton.store.local import LocalStore
+from baton.tuning.chat import Chat
+
 THINGS = [
     "琥珀",
     "玄武岩",
@@ -47,7 +62,7 @@ eval: {generate: {max_new_tokens: 128, batch_size: 32}, bootstrap_resamples: 100
 """
 
 
-def write(folder: Path, *, epochs: int = 30, learning_rate: float = 3e-3) -> Path:
+def write(folder: Path, *, epochs: int = 50, learning_rate: float = 2e-3) -> Path:
     """Write rows, format and experiment to a folder; returns the experiment's path."""
     facts = {(t, p): f"{t}在{p}很多,{p}的人都知道。" for t in THINGS for p in PLACES}
     keys = list(facts)
@@ -83,3 +98,37 @@ def answer(question: str, evidence: str, missing: str) -> str:
         "初步诊断建议(含不确定度)\n看证据。\n"
         f"证据引用\n{evidence}\n不足信息与后续建议\n{missing}\n紧急就医指示(红旗症状)\n无。"
     )
+
+
+def chat_of(plan: Plan, folder: Path) -> Chat:
+    """The model of the task `fit` in `folder`."""
+    task = plan.task("fit")
+    config = decode(Raft, task.config)
+    return Chat(Trained(plan=plan, task=task, config=config, store=LocalStore(folder)))
+
+
+def scores_on_training_rows(plan: Plan, folder: Path) -> dict[str, Score]:
+    """What the student answers to the very prompts that it was trained on, scored."""
+    chat = chat_of(plan, folder)
+    config: Raft = chat.trained.config
+    format, rows = load_format(config.data.format), read(Path(config.data.path))
+    draw = Draw(config.data, format, rows)
+    prompter = Prompter(chat.tokenizer, format, max_length=config.data.max_length)
+    parts = split(
+        len(rows), seed=config.data.seed, shares=config.data.shares, train_rows=config.data.rows
+    )
+    answers, given = [], []
+    for start in range(0, len(parts.train), 32):
+        batch = [rows[i] for i in parts.train[start : start + 32]]
+        shown = [draw.shown(row) for row in batch]
+        prompts = [
+            prompter.prompt_text(row.question, s.documents)
+            for row, s in zip(batch, shown, strict=True)
+        ]
+        ends = (prompter.end_of_turn,)
+        replied = generate(chat.model, chat.tokenizer, prompts, config.eval.generate, ends=ends)
+        assert replied is not None
+        answers += replied.texts
+        given += [Given(documents=s.documents, oracle=s.oracle, reference=s.target) for s in shown]
+    sheet = score_answers(answers, given, format, seed=0, resamples=100)
+    return {score.column: score for score in sheet.scores}
