@@ -11,10 +11,10 @@ from baton.eval.answer import Trained
 from baton.eval.generate import generate
 from baton.eval.score import Score
 from baton.pipelines.raft.config import Raft
-from baton.pipelines.raft.draw import Draw
+from baton.pipelines.raft.draw import Draw, Shown
 from baton.pipelines.raft.format import load_format
 from baton.pipelines.raft.prompt import Prompter
-from baton.pipelines.raft.rows import read
+from baton.pipelines.raft.rows import Row, read
 from baton.pipelines.raft.scores import Given, score_answers
 from baton.record import Plan
 from baton.store.local import LocalStore
@@ -105,6 +105,18 @@ def chat_of(plan: Plan, folder: Path) -> Chat:
     task = plan.task("fit")
     config = decode(Raft, task.config)
     return Chat(Trained(plan=plan, task=task, config=config, store=LocalStore(folder)))
+
+
+def shown_training_row(plan: Plan, folder: Path) -> tuple[Shown, Row]:
+    """The first row whose oracle the student was shown, as it was shown first."""
+    config = chat_of(plan, folder).trained.config
+    rows = read(Path(config.data.path))
+    draw = Draw(config.data, load_format(config.data.format), rows)
+    train = split(
+        len(rows), seed=config.data.seed, shares=config.data.shares, train_rows=config.data.rows
+    ).train
+    row = next(rows[i] for i in train if draw.is_present(rows[i]))
+    return draw.shown(row), row
 
 
 def scores_on_training_rows(plan: Plan, folder: Path) -> dict[str, Score]:

@@ -167,27 +167,28 @@ def answers(*words: str) -> list[dict[str, Any]]:
     return found
 
 
-def test_a_question_is_answered_from_its_documents(student: Student, tmp_path: Path) -> None:
-    row = json.loads((student.experiment.parent / "rows.jsonl").read_text().splitlines()[3])
-    words = []
-    for number, document in enumerate(row["documents"][:3]):
-        path = tmp_path / f"{number}.md"
-        path.write_text(document["content"])
+def question_with_documents(student: Student, folder: Path) -> tuple[list[str], dict[str, Any]]:
+    """Words that ask what the student learnt with its oracle in the first place, and the row."""
+    shown, row = overfit.shown_training_row(student.plan, student.folder)
+    words = ["--question", row.question]
+    for number, text in enumerate(shown.documents):
+        path = folder / f"{number}.md"
+        path.write_text(text, encoding="utf-8")
         words += ["--document", str(path)]
-    asked = ["--question", row["question"], *words]
+    return words, {"documents": list(shown.documents), "answer": shown.target}
+
+
+def test_a_question_is_answered_from_its_documents(student: Student, tmp_path: Path) -> None:
+    asked, learnt = question_with_documents(student, tmp_path)
     [greedy] = answers(*student.words, *asked, "--greedy")
-    assert greedy["documents"] == [d["content"] for d in row["documents"][:3]]
-    assert greedy["answer"].startswith(f"问题\n{row['question']}\n假设/已知信息")
+    assert greedy["documents"] == learnt["documents"]
+    assert greedy["answer"] == learnt["answer"]
     shown = baton("generate", *student.words, *asked, "--greedy")
     assert shown.stdout.strip() == greedy["answer"]
-    assert shown.stderr.startswith("greedy, at most 1024 new tokens")
+    assert shown.stderr.startswith("greedy, at most 256 new tokens")
     # Draws repeat with their seed.
-    drawn = [
-        answers(
-            *student.words, *asked, "--temperature", "3", "--seed", seed, "--max-new-tokens", "20"
-        )
-        for seed in ("1", "1", "2")
-    ]
+    few = ["--temperature", "3", "--max-new-tokens", "20"]
+    drawn = [answers(*student.words, *asked, *few, "--seed", seed) for seed in ("1", "1", "2")]
     assert drawn[0] == drawn[1] != drawn[2]
 
 
@@ -213,17 +214,24 @@ def test_what_cannot_be_asked_is_said(student: Student, tmp_path: Path) -> None:
     assert "give one or the other" in refused(*student.words, "--file", "f", "--question", "q")
     assert "cannot go with --top-k" in refused(*student.words, "--greedy", "--top-k", "3")
     assert "temperature" in refused(*student.words, "--temperature", "-1")
+    too_long = refused(*student.words, "--question", "q", "--max-new-tokens", "512")
+    assert too_long == (
+        "--max-new-tokens 512 leaves no room for a question in the model's context of 512 tokens"
+    )
     elsewhere = ["--task", str(student.experiment), "--store", str(tmp_path)]
     assert "has no checkpoint in" in refused(*elsewhere)
     # A format of one's own has no samples of its own.
     assert "there are no sample rows of the format" in refused(*student.words)
 
 
-def test_on_a_terminal_the_answer_appears_as_it_is_written(student: Student) -> None:
-    words = ["generate", *student.words, "--question", "琥珀在山顶多吗?", "--greedy"]
+def test_on_a_terminal_the_answer_appears_as_it_is_written(
+    student: Student, tmp_path: Path
+) -> None:
+    asked, learnt = question_with_documents(student, tmp_path)
+    words = ["generate", *student.words, *asked, "--greedy"]
     master, slave = pty.openpty()
     process = subprocess.Popen(
-        [sys.executable, "-m", "baton", *words, "--max-new-tokens", "60"],
+        [sys.executable, "-m", "baton", *words],
         stdout=slave, stderr=subprocess.DEVNULL, env=ENVIRONMENT, cwd=REPOSITORY,
     )  # fmt: skip
     os.close(slave)
@@ -239,7 +247,7 @@ def test_on_a_terminal_the_answer_appears_as_it_is_written(student: Student) -> 
     os.close(master)
     assert process.wait(timeout=60) == 0
     text = b"".join(pieces).decode().replace("\r\n", "\n")
-    assert text.startswith("问题\n琥珀在山顶多吗?\n")
+    assert text.strip() == learnt["answer"]
     assert len(pieces) > 3, "it came in one piece"
 
 

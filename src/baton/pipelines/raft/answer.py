@@ -30,7 +30,10 @@ class RaftAnswerer:
 
     @property
     def sampling(self) -> GenerateConfig:
-        return GenerateConfig(max_new_tokens=MAX_NEW_TOKENS, sampling=SAMPLING)
+        context = self._chat.task_model.context()
+        # A small model keeps half of its context for the question.
+        most = MAX_NEW_TOKENS if context is None else min(MAX_NEW_TOKENS, context // 2)
+        return GenerateConfig(max_new_tokens=most, sampling=SAMPLING)
 
     def samples(self) -> Sequence[Ask]:
         return [_ask(row) for row in sample_rows(self._config.data.format)]
@@ -61,7 +64,14 @@ class RaftAnswerer:
         """The longest prompt: as in training, and no more than leaves room for the answer."""
         context = self._chat.task_model.context()
         length = self._config.data.max_length
-        return length if context is None else min(length, context - config.max_new_tokens)
+        if context is None:
+            return length
+        if config.max_new_tokens >= context:
+            raise DataError(
+                f"--max-new-tokens {config.max_new_tokens} leaves no room for a question in the"
+                f" model's context of {context} tokens"
+            )
+        return min(length, context - config.max_new_tokens)
 
 
 def _ask(row: Row) -> Ask:
