@@ -32,11 +32,12 @@ from baton.store.local import LocalStore
 from baton.train import attention
 from baton.train.adapters import AdapterWeights, attach
 from baton.train.config import AdapterConfig, TrainConfig
-from baton.train.learner import checkpoint_activations
+from baton.train.layers import compile_layers, is_compiled, recompute_layers
 from baton.train.loop import Loop
 from baton.train.loss import CausalLoss
 from baton.train.precision import Precision
 from baton.train.ranks import Ranks
+from baton.train.stacked import stack_projections
 
 QWEN25_7B = {
     "model_type": "qwen2",
@@ -114,7 +115,7 @@ def main() -> None:
           f" {'guide GB':>8} {'s/step':>7} {'tokens/s':>9}")  # fmt: skip
     for checkpointing in (False, True):
         if checkpointing:
-            checkpoint_activations(model.get_base_model())
+            recompute_layers(model.get_base_model())
         for batch in args.batches:
             run(model, batch, args.tokens, args.steps, ranks, shape, checkpointing)
 
@@ -131,7 +132,11 @@ def build(shape: dict[str, Any], dropout: float, device: torch.device) -> Any:
         )
     network.requires_grad_(False)
     adapter = AdapterConfig(r=64, alpha=128, dropout=dropout, targets="all-linear")
-    return attach(network, adapter, base_name="random", seed=0)
+    model = attach(network, adapter, base_name="random", seed=0)
+    stack_projections(model)
+    if is_compiled(TrainConfig(), device):
+        compile_layers(network)
+    return model
 
 
 def run(
@@ -171,6 +176,7 @@ def run(
             loss=CausalLoss(
                 model.get_base_model(),
                 compute_dtype=Precision.choose("bf16", ranks.device).dtype,
+                compiled=is_compiled(config, ranks.device),
             ),
             train=FullRows(samples * steps, tokens, shape["vocab_size"]),
             dev=FullRows(0, tokens, shape["vocab_size"]),
