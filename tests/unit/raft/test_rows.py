@@ -80,6 +80,11 @@ def test_ten_planted_mistakes_get_ten_messages_with_line_and_field(tmp_path: Pat
     [
         (row(documents="text"), "documents: expected a list of documents, got 'text'"),
         (row(documents="left out"), "documents: missing; there is question, teacher_answer"),
+        (row(documents={}, absent_answer="No."), "documents: expected a list of documents, got {}"),
+        (
+            row(documents=documents(("a", "orakel")), absent_answer="No."),
+            "documents[0].type: expected oracle or distractor, got 'orakel'; did you mean oracle?",
+        ),
         (row(documents=["text"]), "documents[0]: expected an object with content and type"),
         (row(documents=[{"content": "a"}]), "documents[0].type: missing; is it the oracle or"),
         (row(documents=[{"type": "oracle"}]), "documents[0].content: missing; there is type"),
