@@ -12,6 +12,8 @@
     │   ├── NameMissing              there is nothing under this name
     │   ├── NameTaken                an exclusive write found the name in use
     │   └── DamagedError             bytes are there, but not the ones the manifest promises
+    ├── TeacherError                 a teacher does not answer, whatever was tried
+    │   └── RefusedError                 it will not answer this one request
     ├── SchedulerError               Slurm does not answer, or does not take the job for now
     └── NonFiniteError               the loss or a gradient is NaN or infinite
 
@@ -88,6 +90,14 @@ class NameTaken(StoreError):
 
 class DamagedError(StoreError):
     """Bytes are there, but not the ones the manifest promises."""
+
+
+class TeacherError(BatonError):
+    """A teacher does not answer, whatever was tried."""
+
+
+class RefusedError(TeacherError):
+    """A teacher will not answer this one request: it is too long, or against its rules."""
 
 
 class SchedulerError(BatonError):

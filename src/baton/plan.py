@@ -23,7 +23,7 @@ from baton.record import Plan, TaskPlan, replace
 from baton.train.config import RANDOM_NOTICE
 
 # Keys of a task's `data` that name local files.
-FILE_KEYS = ("path", "valid")
+_FILE_KEYS = ("path", "valid", "format")
 # Files up to this size are hashed whole; of larger ones, evenly spaced pieces.
 _WHOLE_BYTES = 64 * 2**20
 _PIECES, _PIECE_BYTES = 16, 2**20
@@ -184,15 +184,18 @@ def _notice(tasks: Sequence[TaskPlan]) -> str:
     return RANDOM_NOTICE if sources == {"random"} else ""
 
 
+def files_of(task: TaskPlan) -> dict[str, str]:
+    """Every file that a task's `data` names, with the key that names it."""
+    data: Any = task.config.get("data")
+    named = {key: data.get(key) for key in _FILE_KEYS} if isinstance(data, dict) else {}
+    # A format is a name of ours, or a file of the user's.
+    if not str(named.get("format")).endswith((".yaml", ".yml")):
+        named.pop("format", None)
+    return {path: key for key, path in named.items() if isinstance(path, str)}
+
+
 def _local_files(tasks: Sequence[TaskPlan]) -> dict[str, str]:
-    """Every file that the tasks' `data` names, once, with the key that names it."""
-    paths: dict[str, str] = {}
-    for task in tasks:
-        data: Any = task.config.get("data")
-        for key in FILE_KEYS:
-            if isinstance(data, dict) and isinstance(data.get(key), str):
-                paths.setdefault(data[key], key)
-    return paths
+    return {path: key for task in reversed(tasks) for path, key in files_of(task).items()}
 
 
 def _name_of(path: Path) -> str:

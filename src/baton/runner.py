@@ -15,7 +15,7 @@ from baton.errors import BatonError, ConfigError, ExitStatus, FencedError
 from baton.handover import StopSignal
 from baton.legs import Legs, this_runner, utc_now
 from baton.pipelines import PIPELINES
-from baton.plan import FILE_KEYS, fingerprint
+from baton.plan import files_of, fingerprint
 from baton.record import LegRecord, LegState, Plan, TaskPlan, dump_json, replace
 from baton.stage import PROGRESS_EVERY_SECONDS, Alone, Leg, Outcome, Peers, Stage
 from baton.store.local import LocalStore
@@ -143,8 +143,7 @@ class TaskRunner:
         if "data" in self.allow_changed or self.position()[0]:
             return
         problems = []
-        for key in FILE_KEYS:
-            path = self.task.config.get("data", {}).get(key)
+        for path, key in files_of(self.task).items():
             was = self.plan.fingerprints.get(path)
             if was is not None and fingerprint(path, key=key) != was:
                 problems.append(

@@ -58,6 +58,11 @@ def test_a_pipeline_can_train_a_stretch_again_for_verify_resume(name: str) -> No
 
 
 @pytest.mark.parametrize("name", PIPELINES)
+def test_a_pipeline_can_answer_for_generate(name: str) -> None:
+    assert callable(PIPELINES[name]().load_answer())
+
+
+@pytest.mark.parametrize("name", PIPELINES)
 def test_a_configuration_is_frozen_and_takes_keywords_only(name: str) -> None:
     config = PIPELINES[name]().config
     assert config.__dataclass_params__.frozen

@@ -15,6 +15,7 @@ from baton.cli.collect import collect
 from baton.cli.data import data
 from baton.cli.doctor import doctor
 from baton.cli.experiment import check, freeze, plan
+from baton.cli.export import export
 from baton.cli.generate import generate
 from baton.cli.run import run, verify_resume
 from baton.cli.submit import submit
@@ -65,6 +66,7 @@ for _command in (
     logs,
     cancel,
     collect,
+    export,
     generate,
     data,
     verify_resume,

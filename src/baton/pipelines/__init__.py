@@ -61,6 +61,29 @@ def _medical_qa() -> Pipeline:
     )
 
 
+def _raft() -> Pipeline:
+    from baton.pipelines.raft.config import Raft
+
+    def load() -> tuple[Stage, ...]:
+        from baton.pipelines.raft.stages import STAGES
+
+        return STAGES
+
+    def answer() -> Callable[[Trained], Answerer]:
+        from baton.pipelines.raft.answer import RaftAnswerer
+
+        return RaftAnswerer
+
+    return Pipeline(
+        name="raft",
+        config=Raft,
+        stage_names=("data", "train", "eval"),
+        load_stages=load,
+        load_retrain=_load_tuning,
+        load_answer=answer,
+    )
+
+
 def _t5_pretrain() -> Pipeline:
     from baton.pipelines.t5_pretrain.config import T5Pretrain
 
@@ -91,6 +114,8 @@ def _t5_pretrain() -> Pipeline:
 
 PIPELINES: dict[str, Callable[[], Pipeline]] = {
     "medical_qa": _medical_qa,
+    "raft": _raft,
     "t5_pretrain": _t5_pretrain,
 }
-"""LoRA and QLoRA over data scale on question answering: data, train, eval."""
+"""medical_qa: LoRA and QLoRA over data scale on question answering. raft: a teacher's grounded
+answers, distilled. t5_pretrain: an encoder-decoder from nothing."""

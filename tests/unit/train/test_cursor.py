@@ -107,3 +107,14 @@ def test_neighbours_do_not_stay_neighbours():
     # Of a random order each of the 99,999 steps is +1 with probability 1e-5.
     assert (np.diff(order) == 1).sum() < 10
     assert abs(np.corrcoef(np.arange(100_000), order)[0, 1]) < 0.02
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.integers(1, 120), st.integers(1, 30), st.integers(1, 4))
+def test_each_epoch_takes_the_next_version_of_every_sample(samples, batch, versions):
+    cursor = Cursor(samples, batch, seed=3, versions=versions)
+    plain = Cursor(samples, batch, seed=3)
+    for epoch in range(2 * versions):
+        found = epoch_of(cursor, epoch)
+        assert set(found // samples) == {epoch % versions}
+        assert (found % samples).tolist() == epoch_of(plain, epoch).tolist()

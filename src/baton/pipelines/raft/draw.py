@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -58,7 +58,7 @@ class Draw:
         order = self._rng(_ORDER, row, epoch).permutation(len(chosen))
         placed = [chosen[i] for i in order]
         where = {place: index for index, (place, _) in enumerate(placed) if place is not None}
-        if not present and row.oracle is not None:
+        if not present and row.oracle is not None and placed:
             # A citation of the oracle that nobody sees goes with what stands in its place.
             where.setdefault(row.oracle, int(np.argmax(order == 0)))
 
@@ -89,22 +89,30 @@ class Draw:
         wanted = self._data.distractors + (not present)
         places = [*kept, *others][: max(wanted, len(kept))]
         chosen: list[tuple[int | None, str]] = [(i, row.documents[i]) for i in places]
+        if len(chosen) < wanted:
+            chosen += [(None, text) for text in self._lent(row, wanted - len(chosen), rng)]
+        if present and row.oracle is not None:
+            chosen.insert(0, (row.oracle, row.documents[row.oracle]))
+        return chosen
+
+    def _lent(self, row: Row, count: int, rng: np.random.Generator) -> Iterator[str]:
+        """Documents of other rows, as far as there are any that this row does not have."""
         taken = {same(text) for text in row.documents}
         for _ in range(_TRIES):
-            if len(chosen) >= wanted:
+            if count == 0:
                 break
             lent = int(rng.integers(len(self._texts)))
             if self._keys[lent] not in taken:
                 taken.add(self._keys[lent])
-                chosen.append((None, self._texts[lent]))
-        if present and row.oracle is not None:
-            chosen.insert(0, (row.oracle, row.documents[row.oracle]))
-        return chosen
+                count -= 1
+                yield self._texts[lent]
 
     def _evidence(self, row: Row, own: list[int], target: str) -> list[int]:
         """Distractors that the target cites or quotes from."""
         cited = self._format.cited(target)
         quotes = [same(quote) for quote in self._format.quotes_of(target) if quote]
+        if not cited and not quotes:
+            return []
         return [
             i
             for i in own

@@ -100,11 +100,13 @@ def _mistakes(record: object) -> Iterator[str]:
         yield f"row: a JSON {type(record).__name__}, expected an object with {', '.join(_FIELDS)}"
         return
     yield from _text(record, "question")
-    yield from _documents(record)
+    about_documents = list(_documents(record))
+    yield from about_documents
     yield from _text(record, "teacher_answer")
     if record.get("absent_answer") is not None:
         yield from _text(record, "absent_answer")
-        if not any(_kind(document) == ORACLE for document in _listed(record)):
+        # Of documents that are wrong themselves, nobody knows which was meant to be the oracle.
+        if not about_documents and not any(_kind(d) == ORACLE for d in record["documents"]):
             yield (
                 "absent_answer: no document is the oracle, so teacher_answer is already the answer"
                 " without it; leave this out"
@@ -168,11 +170,6 @@ def _missing(values: Mapping[str, Any], key: str) -> str:
     near = difflib.get_close_matches(key, [k for k in values if k not in _FIELDS], n=1)
     hint = f"did you mean {near[0]}?" if near else f"there is {', '.join(values) or 'nothing'}"
     return f"{key}: missing; {hint}"
-
-
-def _listed(record: Mapping[str, Any]) -> list[Any]:
-    documents = record.get("documents")
-    return documents if isinstance(documents, list) else []
 
 
 def _kind(document: Any) -> Any:
