@@ -62,13 +62,14 @@ class Target:
         """The frozen plan that PLAN names, in the store it lies in; an experiment is frozen now."""
         from baton.frozen import freeze, read, root_of
 
-        path = Path(plan_or_exp)
+        path, tasks = Path(plan_or_exp), None
         if path.suffix != ".json":
-            fresh, _ = plan_of(plan_or_exp, settings)
+            fresh, tasks = plan_of(plan_or_exp, settings)
             path = freeze(fresh, store_root(site, store))
         plan = read(path)
         root = root_of(path, plan) if store is None else store_root(site, store)
-        return cls(plan=plan, tasks=[task.name for task in plan.tasks], site_name=site, root=root)
+        every = [task.name for task in plan.tasks]
+        return cls(plan=plan, tasks=tasks or every, site_name=site, root=root)
 
     @cached_property
     def site(self) -> Site:
