@@ -7,10 +7,11 @@
 `requirements.lock`  everything else that baton needs to run
 `dev.lock`           what its developers need besides
 `cuda.lock`          what the CUDA build of torch needs besides
+`vllm.lock`          what vLLM needs besides, or in another version; x86_64 and Python 3.12 only
 
-A version is decided in one place, what is installed here; only what CUDA needs is asked of the
-index, since a machine without a GPU may have torch's small build. Hashes cover Linux on x86_64 and
-aarch64 and the Pythons below; a file that is not among them is refused by pip.
+A version is decided in one place, what is installed here; only what CUDA and vLLM need is asked of
+the index, since a machine without a GPU may have torch's small build. Hashes cover Linux on x86_64
+and aarch64 and the Pythons below; a file that is not among them is refused by pip.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ import sys
 import tempfile
 import urllib.error
 import urllib.request
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
 from pathlib import Path
@@ -44,6 +45,8 @@ HERE = Path(__file__).parent
 INDEX = "https://pypi.org/simple"
 # The small build of torch has the same version and another index, without JSON.
 CPU_INDEX = "https://download.pytorch.org/whl/cpu"
+# The newest that takes our torch.
+VLLM = "vllm==0.32.0"
 PYTHONS = ((3, 11), (3, 12))
 # The C libraries of the images and of the oldest clusters lie within.
 GLIBC = range(5, 40)
@@ -54,14 +57,18 @@ def main() -> None:
     torch = {"torch", "setuptools"}
     runtime = closure("baton-jobs", extras=()) - {"baton-jobs"}
     dev = closure("baton-jobs", extras=("dev",)) - {"baton-jobs"} - runtime
-    cuda = {n: v for n, v in cuda_closure().items() if n not in runtime}
+    pin = installed({"torch"})
+    cuda = {n: v for n, v in resolved(f"torch=={pin['torch']}", pin).items() if n not in runtime}
     dev -= set(cuda)
     runtime -= set(cuda)
+    image = installed(runtime) | cuda
+    vllm = {n: v for n, v in resolved(VLLM, pin | cuda).items() if image.get(n) != v}
     write("torch.lock", "torch, and what builds packages from source", installed(torch))
     write_cpu_torch(installed(torch))
     write("requirements.lock", "What baton needs to run besides torch", installed(runtime - torch))
     write("dev.lock", "What developing baton needs besides", installed(dev - torch))
     write("cuda.lock", "What the CUDA build of torch needs besides", cuda)
+    write("vllm.lock", "What vLLM needs besides, or in another version", vllm, PYTHONS[-1:])
 
 
 def closure(name: str, extras: Iterable[str]) -> set[str]:
@@ -87,17 +94,17 @@ def installed(names: Iterable[str]) -> dict[str, str]:
     return {name: Version(metadata.version(name)).public for name in names}
 
 
-def cuda_closure() -> dict[str, str]:
-    """What pip would install for torch on a GPU machine of the newest Python here."""
-    pins = installed({"torch"})
+def resolved(requirement: str, pins: dict[str, str]) -> dict[str, str]:
+    """What pip would install for it on a GPU machine of the newest Python here, given the pins."""
     major, minor = PYTHONS[-1]
     with tempfile.TemporaryDirectory() as place:
-        report = Path(place, "report.json")
+        report, pinned = Path(place, "report.json"), Path(place, "pins.txt")
+        pinned.write_text("".join(f"{name}=={version}\n" for name, version in pins.items()))
         words = [sys.executable, "-m", "pip", "install", "--isolated", "--index-url", INDEX]
         words += ["--quiet", "--dry-run", "--ignore-installed", "--report", str(report)]
         words += ["--target", place, "--only-binary=:all:", "--python-version", f"{major}.{minor}"]
         words += [f"--platform={platform}" for platform in platforms("x86_64")]
-        subprocess.run([*words, f"torch=={pins['torch']}"], check=True)
+        subprocess.run([*words, "--constraint", str(pinned), requirement], check=True)
         found = json.loads(report.read_bytes())["install"]
     return {canonicalize_name(p["metadata"]["name"]): p["metadata"]["version"] for p in found}
 
@@ -113,16 +120,18 @@ def supported_tags(machine: str, python: tuple[int, int]) -> set[Tag]:
     return tags | {*compatible_tags(python, f"cp{python[0]}{python[1]}", platforms=where)}
 
 
-def write(file: str, about: str, pins: dict[str, str]) -> None:
+def write(
+    file: str, about: str, pins: dict[str, str], pythons: Sequence[tuple[int, int]] = PYTHONS
+) -> None:
     """Write a lock of these versions, with hashes from the index."""
     with ThreadPoolExecutor(8) as pool:
-        found = list(pool.map(hashes_of, pins, pins.values()))
+        found = list(pool.map(lambda pin: hashes_of(pin[0], pin[1], pythons), pins.items()))
     named = (f"{name}=={version}" for name, version in pins.items())
     write_lock(file, about, dict(zip(named, found, strict=True)))
 
 
 def write_lock(file: str, about: str, hashes: dict[str, set[str]]) -> None:
-    lines = [f"# {about}. Linux, Python 3.11 and 3.12; written by `make lock`."]
+    lines = [f"# {about}. Linux; written by `make lock`."]
     for pin in sorted(hashes):
         words = [pin, *(f"--hash=sha256:{sha}" for sha in sorted(hashes[pin]))]
         lines.append(" \\\n    ".join(words))
@@ -140,7 +149,7 @@ def write_cpu_torch(pins: dict[str, str]) -> None:
     write_lock(file, "torch.lock with torch's build for CPUs", {pin: found, **others})
 
 
-def hashes_of(name: str, version: str) -> set[str]:
+def hashes_of(name: str, version: str, pythons: Sequence[tuple[int, int]] = PYTHONS) -> set[str]:
     """The hashes of a version's wheels for our platforms, or of its source where it has none.
 
     Raises:
@@ -154,7 +163,7 @@ def hashes_of(name: str, version: str) -> set[str]:
     wheels = {file["hashes"]["sha256"]: tags for file, tags in wheels_of(files, Version(version))}
     chosen: set[str] = set()
     for machine in ("x86_64", "aarch64"):
-        for python in PYTHONS:
+        for python in pythons:
             tags = supported_tags(machine, python)
             fitting = {sha for sha, offered in wheels.items() if tags & offered}
             fitting |= set() if fitting else sources_of(files, Version(version))

@@ -69,6 +69,9 @@ def run(
     from baton.runner import TaskRunner, submission_id, task_store
 
     limit_threads(site)
+    if task is None and not plan_or_exp.endswith(".json"):
+        # Before freezing asks a hub about anything.
+        task = Target.fresh(plan_or_exp, settings, site, store).one_task("run")
     target = Target.frozen(plan_or_exp, settings, site, store)
     task = task or target.one_task("run")
     runner = TaskRunner(

@@ -62,14 +62,13 @@ class Target:
         """The frozen plan that PLAN names, in the store it lies in; an experiment is frozen now."""
         from baton.frozen import freeze, read, root_of
 
-        path, tasks = Path(plan_or_exp), None
+        path = Path(plan_or_exp)
         if path.suffix != ".json":
-            fresh, tasks = plan_of(plan_or_exp, settings)
+            fresh, _ = plan_of(plan_or_exp, settings)
             path = freeze(fresh, store_root(site, store))
         plan = read(path)
         root = root_of(path, plan) if store is None else store_root(site, store)
-        every = [task.name for task in plan.tasks]
-        return cls(plan=plan, tasks=tasks or every, site_name=site, root=root)
+        return cls(plan=plan, tasks=[task.name for task in plan.tasks], site_name=site, root=root)
 
     @cached_property
     def site(self) -> Site:
