@@ -19,8 +19,8 @@ from __future__ import annotations
 import contextlib
 import json
 import re
+import shutil
 import subprocess
-import sys
 import tempfile
 import urllib.error
 import urllib.request
@@ -95,18 +95,25 @@ def installed(names: Iterable[str]) -> dict[str, str]:
 
 
 def resolved(requirement: str, pins: dict[str, str]) -> dict[str, str]:
-    """What pip would install for it on a GPU machine of the newest Python here, given the pins."""
+    """What a GPU machine of the newest Python here needs for it, given the pins.
+
+    By uv: pip would take the markers of the Python it runs on.
+    """
+    if shutil.which("uv") is None:
+        raise SystemExit("there is no uv on this machine's path: pip install uv, anywhere")
     major, minor = PYTHONS[-1]
-    with tempfile.TemporaryDirectory() as place:
-        report, pinned = Path(place, "report.json"), Path(place, "pins.txt")
-        pinned.write_text("".join(f"{name}=={version}\n" for name, version in pins.items()))
-        words = [sys.executable, "-m", "pip", "install", "--isolated", "--index-url", INDEX]
-        words += ["--quiet", "--dry-run", "--ignore-installed", "--report", str(report)]
-        words += ["--target", place, "--only-binary=:all:", "--python-version", f"{major}.{minor}"]
-        words += [f"--platform={platform}" for platform in platforms("x86_64")]
-        subprocess.run([*words, "--constraint", str(pinned), requirement], check=True)
-        found = json.loads(report.read_bytes())["install"]
-    return {canonicalize_name(p["metadata"]["name"]): p["metadata"]["version"] for p in found}
+    with tempfile.NamedTemporaryFile("w", suffix=".txt") as pinned:
+        pinned.write("".join(f"{name}=={version}\n" for name, version in pins.items()))
+        pinned.flush()
+        words = ["uv", "pip", "compile", "--quiet", "--no-header", "--no-annotate", "--no-config"]
+        words += ["--index-url", INDEX, "--constraint", pinned.name]
+        words += ["--python-version", f"{major}.{minor}"]
+        words += ["--python-platform", "x86_64-manylinux_2_39", "-"]
+        said = subprocess.run(words, input=requirement, capture_output=True, text=True, check=False)
+    if said.returncode:
+        raise SystemExit(f"{requirement}: {said.stderr}")
+    found = (line.split(" ")[0].split("==") for line in said.stdout.splitlines() if "==" in line)
+    return {canonicalize_name(name.partition("[")[0]): version for name, version in found}
 
 
 def platforms(machine: str) -> list[str]:
