@@ -142,3 +142,30 @@ def test_two_processes_in_one_container_agree_and_hand_over_together(runs: Runs)
     assert leg["processes"] == 2
     assert leg["state"] == "handed_over"
     assert leg["durable_step"] >= 20
+
+
+def test_the_five_commands_of_the_manual_with_volumes(runs: Runs, tmp_path: Path) -> None:
+    """docs/containers.md, with a smoke experiment, on volumes that nobody has prepared."""
+    docker, volume = runs.docker, "baton-test-manual"
+    common = ("run", "--rm", "--network", "none", "--volume", f"{volume}:/runs")
+    experiment = ("--volume", f"{runs.jobs}:/jobs:ro", "--volume", "baton-test-caches:/cache")
+    try:
+        ended = docker(*common, *experiment, IMAGE, "run", "/jobs/long.yaml", "--task", "long",
+                       "--set", "train.max_steps=3")  # fmt: skip
+        assert ended.status == 0, ended.out[-2000:] + ended.err
+        assert "lies in this container" not in ended.out
+        ended = docker(*common, *experiment, IMAGE, "collect", "/jobs/long.yaml", "--set",
+                       "train.max_steps=3", "--out", "/runs/results")  # fmt: skip
+        assert ended.status == 0, ended.err
+        listed = docker(*common, "--entrypoint", "sh", IMAGE, "-c",
+                        "tar -C /runs/results -cz . | tar -tz")  # fmt: skip
+        assert "./report.html" in listed.out.splitlines()
+    finally:
+        docker("volume", "rm", volume, "baton-test-caches")
+
+
+def test_a_store_that_goes_with_its_container_is_said(docker: Docker, image: Ended) -> None:
+    line = ("run", "smoke/medical_qa/lora_20k", "--stage", "data")
+    ended = docker("run", "--rm", "--network", "none", IMAGE, *line)
+    assert ended.status == 0, ended.out
+    assert "the store /runs lies in this container and goes with it" in ended.out

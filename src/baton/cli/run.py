@@ -54,7 +54,12 @@ def run(
     it was handed over (run the same again), 78 when running again cannot help.
     """
     # Before any slow import: a signal may come while torch loads.
-    from baton.process import limit_threads, listen, log_to_stdout
+    from baton.process import (
+        limit_threads,
+        listen,
+        log_to_stdout,
+        warn_of_a_passing_store,
+    )
 
     stop = listen()
     if processes > 1:
@@ -74,6 +79,7 @@ def run(
         task = Target.fresh(plan_or_exp, settings, site, store).one_task("run")
     target = Target.frozen(plan_or_exp, settings, site, store)
     task = task or target.one_task("run")
+    warn_of_a_passing_store(target.root)
     runner = TaskRunner(
         plan=target.plan,
         task=target.plan.task(task),
