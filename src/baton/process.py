@@ -45,6 +45,11 @@ def warn_of_a_passing_store(root: Path) -> None:
         )
 
 
+def prepare_gpu_memory() -> None:
+    """Let torch grow its pieces of GPU memory: packs of many sizes would leave holes."""
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+
+
 def quiet_libraries() -> None:
     """No bar for every weight that is loaded, and none of the libraries' notes to each other."""
     # Read when transformers is imported, which is later.

@@ -58,6 +58,7 @@ def run(
         limit_threads,
         listen,
         log_to_stdout,
+        prepare_gpu_memory,
         warn_of_a_passing_store,
     )
 
@@ -74,6 +75,7 @@ def run(
     from baton.runner import TaskRunner, submission_id, task_store
 
     limit_threads(site)
+    prepare_gpu_memory()
     if task is None and not plan_or_exp.endswith(".json"):
         # Before freezing asks a hub about anything.
         task = Target.fresh(plan_or_exp, settings, site, store).one_task("run")
@@ -107,10 +109,11 @@ def run(
 @STORE
 def verify_resume(task: str, settings: tuple[str, ...], site: str, store: str | None) -> None:
     """Train again between a task's last two checkpoints; say whether the bytes are the same."""
-    from baton.process import limit_threads, listen, quiet_libraries
+    from baton.process import limit_threads, listen, prepare_gpu_memory, quiet_libraries
     from baton.verify import verify
 
     limit_threads(site)
+    prepare_gpu_memory()
     target = Target.submitted(task, settings, site, store)
     meant = target.plan.task(target.one_task("verify-resume"))
     stop = listen()
