@@ -54,6 +54,11 @@ _WRONG = (
     ),
     (r"unable to find user", "mend `user`: numbers such as 1000:1000"),
 )
+# (these may mend themselves)
+_AWAY = (
+    r"Cannot connect to the Docker daemon|Is the docker daemon running|error during connect"
+    r"|server is misbehaving|no route to host|i/o timeout|broken pipe|unexpected EOF"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -282,13 +287,10 @@ def _refusal(command: str, said: str) -> BatonError:
     for pattern, advice in _WRONG:
         if re.search(pattern, said, re.IGNORECASE):
             return ConfigError(f"docker {command}: {short}. That is: {advice}")
-    if re.search(
-        r"Cannot connect to the Docker daemon|error during connect|connection refused|no route"
-        r"|timed? ?out|broken pipe|EOF|Could not resolve|Is the docker daemon running",
-        said,
-        re.IGNORECASE,
-    ):
+    if re.search(_AWAY, said, re.IGNORECASE):
         return SchedulerError(f"docker {command}: the engine does not answer: {short}")
+    if command == "pull" and re.search(r"dial tcp|request canceled|TLS handshake", said):
+        return SchedulerError(f"docker pull: the registry does not answer: {short}")
     return ConfigError(f"docker {command}: {short}")
 
 
