@@ -61,32 +61,30 @@ def runs(docker: Docker, image: Ended, tmp_path: Path) -> Iterator[Runs]:
         docker("rm", "--force", name)
 
 
-def test_stopped_is_75_killed_is_137_and_the_same_line_again_finishes_with_0(runs: Runs) -> None:
+def test_a_stopped_container_ends_in_75_and_the_same_line_again_in_0(runs: Runs) -> None:
     line = ("run", "/jobs/long.yaml", "--task", "long")
     runs.detached("baton-test-a", *line)
     runs.trains(60)
-    # The engine sends TERM to the init alone, and KILL ten seconds later if nobody listens.
-    asked = time.monotonic()
-    runs.docker.must("stop", "--time", "60", "baton-test-a")
-    assert time.monotonic() - asked < 30, "TERM did not reach Python"
+    # The engine sends TERM to the init alone, and KILL when the time is up.
+    runs.docker.must("stop", "--time", "100", "baton-test-a")
     assert runs.wait("baton-test-a") == 75
-
-    runs.detached("baton-test-b", *line)
-    runs.trains(120)
-    runs.docker.must("kill", "baton-test-b")
-    assert runs.wait("baton-test-b") == 137
 
     ended = runs(*line)
     assert ended.status == 0, ended.out + ended.err
     [folder] = runs.store.glob("**/tasks/long")
     states = [json.loads(p.read_bytes())["state"] for p in sorted(folder.glob("legs/*.json"))]
-    assert states == ["handed_over", "lost", "finished"]
+    assert states == ["handed_over", "finished"]
     assert runs(*line).status == 0, "finished already"
 
 
+def test_a_killed_container_ends_in_137(runs: Runs) -> None:
+    runs.detached("baton-test-b", "run", "/jobs/long.yaml")
+    runs.docker.must("kill", "baton-test-b")
+    assert runs.wait("baton-test-b") == 137
+
+
 def test_what_cannot_work_is_78_and_other_failures_are_1(runs: Runs) -> None:
-    ended = runs("medical_qa", "--task", "nope", "--set", "data.hub=null", "--set",
-                 "data.path=jobs/smoke/medical_qa.csv")  # fmt: skip
+    ended = runs("run", "/jobs/long.yaml", "--task", "nope")
     assert ended.status == 78
     assert "no task 'nope'" in ended.err
     ended = runs("medical_qa")
@@ -113,11 +111,9 @@ def test_a_pipeline_s_name_and_run_are_the_same_and_help_is_quick(runs: Runs) ->
     assert help.status == 0
     assert "Containerized, preemption-safe" in help.out
     assert time.monotonic() - asked < 20
-    words = ("--task", "lora_20k", "--set", "data.hub=null", "--set")
-    words += ("data.path=jobs/smoke/medical_qa.csv", "--stage", "none")
-    first, second = runs("medical_qa", *words), runs("run", "medical_qa", *words)
+    first, second = runs("medical_qa"), runs("run", "medical_qa")
     assert (first.status, first.err) == (second.status, second.err)
-    assert "has no stage 'none'; it has: data, train, eval" in first.err
+    assert "run is about one task; medical_qa has: lora_20k" in first.err
     assert runs("nope").status == 2
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -230,6 +231,14 @@ def test_a_store_in_a_volume_of_an_engine_behind_ssh(
     assert project.log("lora_20k").count("stage finished") == 3
     legs = project.legs("lora_20k")
     assert legs[-1]["state"] == "finished"
+    # Somebody else's `status`, without these records, brings them.
+    shutil.rmtree(folder / "legs")
+    (folder / "eval" / "done.json").unlink()
+    words = ("status", SMOKE, "--json", "--site", "rented")
+    [row] = json.loads(project(*words, **elsewhere).out)
+    assert row["state"] == "finished"
+    assert row["durable_step"] == row["total"]
+    assert project.legs("lora_20k") == legs
     # The image's own user wrote it: nothing there belongs to root.
     mount = ("--volume", "baton-test-runs:/runs", "--entrypoint", "find", IMAGE, "/runs")
     assert docker.must("run", "--rm", "--network", "none", *mount, "-user", "root") == ""

@@ -29,10 +29,11 @@ from baton.launchers.docker_leg import (
 from baton.launchers.docker_lock import hold, is_held, lock_file
 from baton.launchers.docker_place import place_of
 from baton.launchers.docker_watch import Watch
-from baton.legs import utc_now
+from baton.legs import Legs, utc_now
+from baton.pipelines import PIPELINES
 from baton.record import dump_json
 from baton.runner import CANCELLED, task_prefix, task_store
-from baton.status import TaskStatus
+from baton.status import TaskStatus, status_of
 
 
 @dataclass
@@ -131,10 +132,29 @@ class DockerLauncher:
             ConfigError, SchedulerError: the engine is not here, or does not answer.
         """
         found = {c.labels[TASK_LABEL]: c for c in self._containers(request)}
+        if self.site.volume is not None:
+            statuses = self._refreshed(request, statuses)
         return [
             self._joined(request, status, found[status.task]) if status.task in found else status
             for status in statuses
         ]
+
+    def _refreshed(self, request: Request, statuses: Sequence[TaskStatus]) -> Sequence[TaskStatus]:
+        """Statuses from the volume's records, where no launcher copies these all the time."""
+        stale = [
+            status.task
+            for status in statuses
+            if status.state != "finished" and not is_held(lock_file(request, status.task))
+        ]
+        image = self.engine.image_if_there(self.site.image)
+        if stale and image is not None:
+            place = place_of(self.site, request.store_root, self.engine, image.id)
+            place.fetch(request, stale)
+        stages = PIPELINES[request.plan.pipeline]().stage_names
+        root, plan = request.store_root, request.plan
+        fresh = [status_of(root, plan, stages, status.task) for status in statuses]
+        # Checkpoints stay in the volume, so what is durable is what the legs have said.
+        return [replace(s, durable_step=_durable_step(request, s.task)) for s in fresh]
 
     def _joined(self, request: Request, status: TaskStatus, container: Container) -> TaskStatus:
         status = replace(status, job=container.name)
@@ -195,3 +215,9 @@ class DockerLauncher:
         if "name=rootless" in str(info.get("SecurityOptions", "")):
             return "0:0"
         return f"{os.getuid()}:{os.getgid()}"
+
+
+def _durable_step(request: Request, task: str) -> int | None:
+    legs = Legs(task_store(request.store_root, request.plan, task), task, utc_now)
+    steps = [leg.durable_step for leg in legs.history() if leg.durable_step is not None]
+    return max(steps, default=None)
