@@ -54,8 +54,8 @@ done
 # Values that look like tokens, in the settings, in the build's history and in the files; and
 # files that hold weights, data or keys. tests/ of packages have toy weights of some kilobytes.
 tokens='(hf_[A-Za-z0-9]{30,}|AKIA[0-9A-Z]{16}|gh[pousr]_[A-Za-z0-9]{36}|sk-[A-Za-z0-9_-]{40,}|//[^/@ ]+:[^/@ ]+@)'
-if { of '{{json .Config}}' && "$docker" history --no-trunc --format '{{.CreatedBy}}' "$image"; } |
-  grep -qE "$tokens"; then
+told=$(of '{{json .Config}}' && "$docker" history --no-trunc --format '{{.CreatedBy}}' "$image")
+if grep -qE "$tokens" <<<"$told"; then
   complain "secrets: settings or history hold something like a token (docker history --no-trunc)"
 else
   say ok "secrets: none in settings and history"
