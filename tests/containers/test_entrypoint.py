@@ -36,6 +36,7 @@ class Runs:
         return self.docker("run", "--rm", *self.options(), *options, IMAGE, *words)
 
     def detached(self, name: str, *words: str) -> str:
+        self.docker("rm", "--force", name)  # of a run that was cut off
         self.names.append(name)
         return self.docker.must("run", "--detach", "--name", name, *self.options(), IMAGE, *words)
 
