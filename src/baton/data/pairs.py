@@ -55,6 +55,9 @@ class PairEncoder:
         self.eos = int(tokenizer.eos_token_id)
         self._tokenizer = tokenizer
         self._room = max_seq_len - 1
+        if tokenizer.is_fast:
+            # A row that says "</s>" means these four characters.
+            tokenizer.backend_tokenizer.encode_special_tokens = True
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of each text, cut and with eos at the end."""
@@ -74,12 +77,15 @@ class PairEncoder:
 
     def _ids(self, texts: Sequence[str]) -> list[list[int]]:
         if not self._tokenizer.is_fast:
-            ids: list[list[int]] = self._tokenizer(list(texts), add_special_tokens=False).input_ids
+            encoded = self._tokenizer(
+                list(texts), add_special_tokens=False, split_special_tokens=True
+            )
+            ids: list[list[int]] = encoded.input_ids
             return ids
         # Past transformers' wrapper, which takes longer than encoding a short text.
         backend = self._tokenizer.backend_tokenizer
-        encoded = backend.encode_batch_fast(list(texts), add_special_tokens=False)
-        return [each.ids for each in encoded]
+        fast = backend.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [each.ids for each in fast]
 
 
 @dataclass(kw_only=True)

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 # Samples of no tokens fill a pack's edges up to a multiple of this.
 _EDGE_STEP = 16
-_LONGEST_STEP = 128
+_LEAST_LONGEST = 512
 
 
 class TokenSource(Protocol):
@@ -84,8 +84,8 @@ def collate(
         for start, (tokens, prompt) in zip(starts, samples, strict=False)
     ]
     labels = [tokens[max(prompt, 1) :] for tokens, prompt in samples]
-    # In steps: compiled code is made anew when a number becomes another for the first time.
-    longest = -(-max(lengths) // _LONGEST_STEP) * _LONGEST_STEP
+    # One of few values: compiled code is made anew when a number becomes another.
+    longest = max(_LEAST_LONGEST, 1 << (max(lengths) - 1).bit_length())
     pads = _pads(-int(starts[-1]) % pad_to, longest) if pad_to else []
     everything = [*lengths, *pads]
     ids = [*(tokens for tokens, _ in samples), np.zeros(sum(pads), np.int64)]

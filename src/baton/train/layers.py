@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -52,14 +53,34 @@ def is_compiled(config: TrainConfig, device: torch.device) -> bool:
 def compile_layers(network: PreTrainedModel) -> None:
     """Compile every repeated layer at its first call.
 
-    Layers of one shape share the code. It is made for the first size it sees, and once more,
-    for any size, at the second; what torch caches on disk makes both quick in a later leg.
+    Layers of one shape share the code, made for packs of any size; what torch caches on disk
+    makes it quick in a later leg.
     """
     torch._dynamo.config.recompile_limit = _MOST_COMPILED
     for layer in layers_of(network):
-        layer.forward = torch.compile(layer.forward)
+        layer.forward = _of_any_size(torch.compile(layer.forward))
     # Or the first layer, whose input has no gradient, would need code of its own.
     network.enable_input_require_grads()
+
+
+def _of_any_size(compiled: Callable[..., Any]) -> Callable[..., Any]:
+    """Say of everything as long as the pack, and of its edges, that their size will change.
+
+    Left to itself the compiler starts with fixed sizes, and compiles again whenever another
+    one of them changes for the first time.
+    """
+
+    @functools.wraps(compiled)
+    def forward(hidden: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        for tensor in tree_leaves((hidden, args, kwargs)):
+            if isinstance(tensor, torch.Tensor):
+                if tensor.ndim > 1 and tensor.shape[1] == hidden.shape[1]:
+                    torch._dynamo.maybe_mark_dynamic(tensor, 1)
+                elif tensor.ndim == 1:
+                    torch._dynamo.maybe_mark_dynamic(tensor, 0)
+        return compiled(hidden, *args, **kwargs)
+
+    return forward
 
 
 def recompute_layers(network: PreTrainedModel, count: int | None = None) -> None:

@@ -136,7 +136,16 @@ class Seq2SeqLoss:
         self.scale = config.d_model**-0.5 if tied else 1.0
 
     def __call__(self, batch: PairBatch) -> torch.Tensor:
-        """Sum of the loss over labelled tokens: a float32 scalar with gradient."""
+        """Sum of the loss over labelled tokens: a float32 scalar, with gradient if any is wanted.
+
+        Without one, blocks run uncompiled: a dev set is not worth another compilation.
+        """
+        if torch.is_grad_enabled():
+            return self._of(batch)
+        with uncompiled(self.network):
+            return self._of(batch)
+
+    def _of(self, batch: PairBatch) -> torch.Tensor:
         network = self.network
         encoded = network.encoder(input_ids=batch.input_ids, attention_mask=batch.mask)
         decoded = network.decoder(
@@ -154,11 +163,11 @@ class Seq2SeqLoss:
         )
 
 
-def compile_blocks(network: Any) -> None:
+def compile_blocks(network: Any, **options: Any) -> None:
     """Compile every block of encoder and decoder at its first call, each for its own shapes."""
     torch._dynamo.config.recompile_limit = _MOST_COMPILED
     for block in _blocks(network):
-        block.forward = torch.compile(block.forward, dynamic=False)
+        block.forward = torch.compile(block.forward, dynamic=False, **options)
 
 
 @contextmanager

@@ -30,7 +30,10 @@ def fetch_best(checkpoints: Checkpoints, store: Store, target: Path, *, task: st
     except NameMissing:
         history = []
     rank = {int(row[0]): badness(row) for row in history}
-    steps = sorted(checkpoints.steps(), key=lambda s: (rank.get(s, float("inf")), -s))
+    # Of equals the earlier, as retention keeps it; of those never evaluated the newest.
+    steps = sorted(
+        checkpoints.steps(), key=lambda s: (rank[s], s) if s in rank else (float("inf"), -s)
+    )
     for step in steps:
         try:
             checkpoints.fetch(step, target)
