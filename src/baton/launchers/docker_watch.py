@@ -106,11 +106,11 @@ class Watch:
                 self.view.event(task, f"{error}; trying again")
                 self.waiting.appendleft(task)
                 time.sleep(_RETRY_SECONDS)
-            except ConfigError:
-                self.waiting.appendleft(task)
+            except ConfigError as error:
                 if not self.running:
                     raise
-                return  # said once the others have ended
+                self.view.event(task, f"stopped: {error}")
+                self.ended[task] = ExitStatus.STOP
 
     def _slots(self) -> int:
         wanted = self.max_parallel
@@ -189,11 +189,12 @@ class Watch:
                 # The engine, or the way to it, was gone for a while.
                 leg.follow(self.engine.follow(leg.container))
                 continue
+            # Whatever the engine may fail to do comes before the leg is off the list.
             self.place.fetch(self.request, [leg.task])
-            self.running.remove(leg)
-            verdict = self._verdict(leg, container)
             if container is not None:
                 self.engine.remove(container.id)
+            self.running.remove(leg)
+            verdict = self._verdict(leg, container)
             if verdict is None:
                 self.waiting.append(leg.task)
             else:
