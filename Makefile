@@ -41,9 +41,10 @@ demo: setup  ## six smoke tasks, one preempted and one killed, then table, plots
 	$(BIN)/baton status smoke/medical_qa --store runs/demo
 	$(BIN)/baton collect smoke/medical_qa --store runs/demo --out results/demo
 
-check: setup  ## style, types, layers and shell scripts
+check: setup  ## style, types, layers, shell scripts and Dockerfiles
 	$(BIN)/ruff check -q . && $(BIN)/ruff format -q --check . && $(BIN)/mypy && $(BIN)/lint-imports --no-cache
 	git ls-files '*.sh' '*.sbatch' '.ci/run' | xargs -r $(BIN)/shellcheck
+	$(BIN)/hadolint Dockerfile.cuda images/cpu.Dockerfile
 
 test: setup check  ## everything that needs no GPU
 	$(BIN)/python -m pytest -q -n 2 $(ELSEWHERE) $(ARGS)

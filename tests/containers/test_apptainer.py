@@ -82,5 +82,21 @@ def test_the_smoke_task_by_apptainer_s_command_line_gives_the_same_bytes(
     assert ended.returncode == 0, ended.stdout[-2000:] + ended.stderr
     [folder] = store.glob("**/tasks/lora_20k")
     assert_same(folder, reference(SMOKE))
-    # Caches went where a person of a cluster may write: into the home folder.
-    assert any((home / ".cache").iterdir())
+
+
+def test_caches_go_home_where_the_image_cannot_be_written(docker: Docker, image: Ended) -> None:
+    gpu = ("--env", "TORCHINDUCTOR_CACHE_DIR=/cache/inductor", "--env", "TRITON_CACHE_DIR=/cache/t")
+    words = ("run", "--rm", "--network", "none", "--read-only", *gpu, "--env", "HOME=/home/me")
+    script = f"{sections()['environment']}\nenv"
+
+    def environment(*more: str) -> dict[str, str]:
+        said = docker.must(*words, *more, "--entrypoint", "sh", IMAGE, "-c", script)
+        return dict(line.split("=", 1) for line in said.splitlines() if "=" in line)
+
+    found = environment()
+    names = ("HF_HOME", "XDG_CACHE_HOME", "MPLCONFIGDIR", "TORCHINDUCTOR_CACHE_DIR")
+    assert all(found[name].startswith("/home/me/.cache") for name in names)
+    assert found["TRITON_CACHE_DIR"] == "/home/me/.cache/triton"
+    # What the host names stays as it is, and so does everything where /cache is bound.
+    assert environment("--env", "HF_HOME=/scratch/hf")["HF_HOME"] == "/scratch/hf"
+    assert environment("--tmpfs", "/cache")["HF_HOME"] == "/cache/huggingface"

@@ -217,6 +217,7 @@ def test_a_store_in_a_volume_of_an_engine_behind_ssh(
     assert ended.status == 78
     assert "which the engine at ssh://root@rented.example cannot see" in ended.err
 
+    docker("volume", "rm", "baton-test-runs")  # of an earlier run on this engine
     project.site("rented", "volume: baton-test-runs\ncache: baton-test-cache\n")
     ended = project("submit", SMOKE, "--site", "rented", "--drill", "lora_20k=TERM@3", **elsewhere)
     assert ended.status == 0, ended.out + ended.err
