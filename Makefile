@@ -18,7 +18,7 @@ DOCKER ?= docker
 PIP_CONF ?=
 PIP_SECRET = --secret id=pip,src=$(PIP_CONF)
 BUILD = DOCKER_BUILDKIT=1 $(DOCKER) build $(if $(PIP_CONF),$(PIP_SECRET)) \
-	--build-arg COMMIT=$$(git describe --always --dirty --abbrev=40 --exclude '*') \
+	--build-arg COMMIT=$$(git describe --always --dirty --abbrev=40 --exclude '*' 2>/dev/null || echo unknown) \
 	--build-arg VERSION=$$(sed -n 's/^__version__ = "\(.*\)"/\1/p' src/baton/__init__.py)
 
 .PHONY: setup demo check test test-fast test-slurm test-containers lock image image-cpu image-check kill-storm submit status collect doctor format clean

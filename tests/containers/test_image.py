@@ -26,7 +26,9 @@ def checkout(place: Path) -> Path:
         if (REPOSITORY / name).is_file():
             (place / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(REPOSITORY / name, place / name)
-    run(["git", "-C", str(place), "init", "-q"])
+    git = ["git", "-C", str(place), "-c", "user.name=test", "-c", "user.email=test@example.org"]
+    for words in (["init", "-q"], ["add", "-A"], ["commit", "-q", "-m", "As it is"]):
+        assert run([*git, *words]).status == 0
     return place
 
 
