@@ -85,18 +85,19 @@ def test_a_killed_container_ends_in_137(runs: Runs) -> None:
 
 
 def test_what_cannot_work_is_78_and_other_failures_are_1(runs: Runs) -> None:
+    # Somebody else's folder: said, with what to do, and worth another try.
+    runs.store.chmod(0o755)
+    ended = runs("run", "/jobs/long.yaml")
+    assert ended.status == 1
+    assert "permission denied; choose another place with --store or mend its owner" in ended.err
+    runs.store.chmod(0o777)
+
     ended = runs("run", "/jobs/long.yaml", "--task", "nope")
     assert ended.status == 78
     assert "no task 'nope'" in ended.err
     ended = runs("medical_qa")
     assert ended.status == 78
     assert ended.err.startswith("error: run is about one task; medical_qa has: lora_20k,")
-
-    # Somebody else's folder: said, with what to do, and worth another try.
-    runs.store.chmod(0o755)
-    ended = runs("run", "/jobs/long.yaml")
-    assert ended.status == 1
-    assert "permission denied; choose another place with --store or mend its owner" in ended.err
 
 
 def test_a_signal_before_anything_was_imported_ends_the_container_at_once(runs: Runs) -> None:
