@@ -52,9 +52,9 @@ test: setup check  ## everything that needs no GPU
 test-fast: setup  ## the tests that take seconds
 	$(BIN)/python -m pytest -q -n 2 -m "not slow" $(ELSEWHERE) $(ARGS)
 
-test-slurm: setup  ## install a real Slurm from apt, boot it, run the Slurm tests, stop it
-	bash tests/services/slurm_install.sh
-	$(BIN)/python -m pytest -q tests/slurm $(ARGS)
+test-slurm: setup  ## install a real Slurm and Docker from apt, boot them, run the Slurm tests, stop them
+	bash tests/services/slurm_install.sh && bash tests/services/docker_install.sh
+	$(BIN)/python -m pytest -q -n 3 --dist worksteal tests/slurm $(ARGS)
 
 test-containers: setup  ## install a real Docker engine from apt, build the images in it, run them
 	bash tests/services/docker_install.sh

@@ -15,7 +15,10 @@ from baton.stage import read_progress
 
 @dataclass(frozen=True, kw_only=True)
 class JobLeg:
-    """One run of a task's job, as the scheduler remembers it; times are UTC."""
+    """One run of a task's job, as the scheduler remembers it; times are UTC.
+
+    `leg` and `durable_step` are those of our own record, None where a leg left none.
+    """
 
     job: str
     state: str
@@ -25,6 +28,8 @@ class JobLeg:
     ended: str
     seconds: int
     gpus: int
+    leg: int | None = None
+    durable_step: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

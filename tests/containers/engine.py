@@ -80,7 +80,7 @@ class Docker:
 
     @property
     def socket(self) -> Path:
-        return self.folder / "docker.sock"
+        return self.folder / "d.sock"
 
     @property
     def environment(self) -> dict[str, str]:

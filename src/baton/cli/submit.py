@@ -50,6 +50,7 @@ def submit(
     from baton.handover import StopSignal
     from baton.launchers.base import Drill
     from baton.launchers.choose import launcher_for
+    from baton.record import replace
 
     target = Target.fresh(exp, settings, site, store)
     tasks, plan, root = target.tasks, target.plan, target.root
@@ -67,8 +68,9 @@ def submit(
     if dry_run:
         path = path_of(root, plan)
         click.echo(f"would write {path}" if not path.exists() else f"plan {path}")
-        for task in set(tasks) - set(waiting):
-            click.echo(f"would skip: {task} is {states[task]}")
+        for task in tasks:
+            if task not in waiting:
+                click.echo(f"would skip: {task} is {states[task]}")
         click.echo(launcher.preview(target.request(waiting)))
         return
     path = freeze(plan, root)
@@ -82,7 +84,9 @@ def submit(
         click.echo(f"and {len(at_work) - _AT_MOST_NAMED} more, left alone")
     from baton.console import view
 
-    frozen = Target(plan=read(path), tasks=tasks, site_name=site, root=root)
+    # How stages share jobs is no part of what is computed: it may change at every submission.
+    submitted = replace(read(path), split=plan.split)
+    frozen = Target(plan=submitted, tasks=tasks, site_name=site, root=root)
     if launcher.waits:
         stop.install()
     with view() as shown:

@@ -49,7 +49,9 @@ class Verdicts:
             step = record.durable_step if record else None
             kept = "nothing to resume from yet" if step is None else f"step {step} is durable"
             self.view.event(task, f"handed over, {kept}{reason}")
-            self.failures[task] = 0
+            # A leg that saved what it did: what fails after it has not failed in a row.
+            if record and record.position_at_end != record.position:
+                self.failures[task] = 0
             return ExitStatus.HANDED_OVER if self.stop.is_set else None
         if status == ExitStatus.STOP:
             self.view.event(task, f"stopped{self._last_words(task, reason)}")
@@ -63,7 +65,9 @@ class Verdicts:
             self.failures[task] += 1
             killed += self._last_words(task, reason) if status > 0 else ""
         if self.failures[task] > self.retries:
-            self.view.event(task, f"{killed}; given up after {self.failures[task]} failures")
+            self.view.event(
+                task, f"{killed}; given up after {self.failures[task]} failures in a row"
+            )
             return ExitStatus.FAILED
         self.view.event(task, f"{killed}; starting again")
         return ExitStatus.HANDED_OVER if self.stop.is_set else None

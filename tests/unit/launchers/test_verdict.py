@@ -55,6 +55,7 @@ class Case:
             runner=this_runner(),
             started=utc_now(),
             position=[0, 0, 0],
+            position_at_end=[1, 40, 0],
             durable_step=40,
             reason="SIGTERM asked to stop",
         )
@@ -97,7 +98,7 @@ def test_failures_in_a_row_are_bounded(case: Case) -> None:
     assert case.of(3) is ExitStatus.FAILED
     assert case.heard.lines == [
         "a: failed (1): no such thing; starting again",
-        "a: failed (3): no such thing; given up after 2 failures",
+        "a: failed (3): no such thing; given up after 2 failures in a row",
     ]
 
 
