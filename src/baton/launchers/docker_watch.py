@@ -33,6 +33,7 @@ _POLL_SECONDS = 0.1
 _DRILL_SECONDS = 0.01
 # Every copy of records out of a volume is a container of its own.
 _FETCH_SECONDS = 10.0
+_DRILLED_FETCH_SECONDS = 1.0
 _RETRY_SECONDS = 10.0
 
 
@@ -199,7 +200,8 @@ class Watch:
                 self.waiting.append(leg.task)
             else:
                 self.ended[leg.task] = verdict
-        if self.running and self.clock() - self._fetched >= _FETCH_SECONDS:
+        every = _DRILLED_FETCH_SECONDS if self.drills else _FETCH_SECONDS
+        if self.running and self.clock() - self._fetched >= every:
             self._fetched = self.clock()
             self.place.fetch(self.request, [leg.task for leg in self.running], whole=False)
 
