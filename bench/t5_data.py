@@ -19,6 +19,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -56,24 +57,43 @@ def main() -> None:
             shutil.rmtree(args.scratch)
 
 
-def measure(rows: int, vocab: int, scratch: Path) -> None:
+@dataclass(frozen=True)
+class Figures:
+    """What was measured, in one run on one machine."""
+
+    rows_per_s: float
+    peak_rss_gib: float
+    opening_ms: float
+    first_batch_ms: float
+    late_batch_ms: float
+    row_us: float
+    row_group_us: float
+
+
+def measure(rows: int, vocab: int, scratch: Path) -> Figures:
     path = scratch / "pairs.parquet"
     if not path.exists():
         seconds = timed(lambda: generate(path, rows))
         print(f"generated {rows:,} rows, {gib(path):.2f} GiB of Parquet, in {seconds:.0f} s")
-    folder = tokenise(path, vocab, scratch)
+    folder, rows_per_s, peak = tokenise(path, vocab, scratch)
     report = json.loads((folder / "report.json").read_bytes())["tokens"]["train"]
     count, samples = report["tokens"], report["samples"]
     size = gib(folder / "train.tokens")
     print(f"{count:,} tokens in {samples:,} rows ({count / samples:.0f} a row), {size:.2f} GiB")
-    print(f"opening: {1000 * median(lambda: TokenFile(folder, 'train')):.1f} ms")
+    opening = 1000 * median(lambda: TokenFile(folder, "train"))
+    print(f"opening: {opening:.1f} ms")
     tokens = TokenFile(folder, "train")
-    at_start, at_end = first_batches(folder, len(tokens))
+    early, late = first_batches(folder, len(tokens))
     print(
-        f"first batch of {BATCH} after a resume: {1000 * at_start:.1f} ms at row 0,"
-        f" {1000 * at_end:.1f} ms at row {int(0.9 * rows):,}"
+        f"first batch of {BATCH} after a resume: {early:.1f} ms at row 0,"
+        f" {late:.1f} ms at row {int(0.9 * rows):,}"
     )
-    compare_access(path, tokens)
+    row, group = access(path, tokens)
+    print(
+        f"one random row: {row:.1f} us from the tokens, {group / 1000:.2f} ms by reading"
+        f" its Parquet row group of {GROUP_ROWS:,}: {group / row:,.0f} times as long"
+    )
+    return Figures(rows_per_s, peak, opening, early, late, row, group)
 
 
 def generate(path: Path, rows: int) -> None:
@@ -98,8 +118,8 @@ def generate(path: Path, rows: int) -> None:
             out.write_table(pa.table({"prompt": asked, "response": answered}))
 
 
-def tokenise(path: Path, vocab: int, scratch: Path) -> Path:
-    """Run the data stage in a process of its own; print its speed and peak memory."""
+def tokenise(path: Path, vocab: int, scratch: Path) -> tuple[Path, float, float]:
+    """Run the data stage in a process of its own: its folder, rows a second and peak GiB."""
     experiment = scratch / "bench.yaml"
     experiment.write_text(EXPERIMENT.format(path=path.resolve(), vocab=vocab), encoding="utf-8")
     command = [sys.executable, "-m", "baton", "run", str(experiment), "--task", "bench"]
@@ -110,17 +130,18 @@ def tokenise(path: Path, vocab: int, scratch: Path) -> Path:
     seconds = time.monotonic() - started
     if status:
         sys.exit(f"baton run ended with {os.waitstatus_to_exitcode(status)}")
-    rows = pq.ParquetFile(path).metadata.num_rows
+    rate = pq.ParquetFile(path).metadata.num_rows / seconds
+    peak = usage.ru_maxrss / 2**20
     print(
-        f"tokenised in {seconds:.0f} s: {rows / seconds:,.0f} rows/s, peak RSS"
-        f" {usage.ru_maxrss / 2**20:.2f} GiB (training the tokenizer included)"
+        f"tokenised in {seconds:.0f} s: {rate:,.0f} rows/s, peak RSS {peak:.2f} GiB"
+        f" (training the tokenizer included; {usage.ru_utime:.0f} s of CPU)"
     )
     [folder] = (scratch / "runs").glob("**/tasks/bench/data")
-    return folder
+    return folder, rate, peak
 
 
 def first_batches(folder: Path, samples: int) -> tuple[float, float]:
-    """Median seconds from opening the tokens to the first batch, at two positions."""
+    """Median milliseconds from opening the tokens to the first batch, at two positions."""
     cursor = Cursor(samples, BATCH, seed=42)
 
     def resume(step: int) -> None:
@@ -131,10 +152,11 @@ def first_batches(folder: Path, samples: int) -> tuple[float, float]:
             tokens.sample(index)
 
     late = int(0.9 * samples) // BATCH
-    return median(lambda: resume(0)), median(lambda: resume(late))
+    return 1000 * median(lambda: resume(0)), 1000 * median(lambda: resume(late))
 
 
-def compare_access(path: Path, tokens: TokenFile) -> None:
+def access(path: Path, tokens: TokenFile) -> tuple[float, float]:
+    """Microseconds of one random row: from the tokens, and by reading its Parquet row group."""
     rng = np.random.default_rng(1)
     file = pq.ParquetFile(path)
     picks = iter(rng.integers(0, file.num_row_groups, 1000).tolist())
@@ -145,10 +167,7 @@ def compare_access(path: Path, tokens: TokenFile) -> None:
     group = median(read_group)
     indices = rng.integers(0, len(tokens), 20_000).tolist()
     seconds = timed(lambda: [tokens.sample(index) for index in indices]) / len(indices)
-    print(
-        f"one random row: {1e6 * seconds:.1f} us from the tokens, {1000 * group:.2f} ms by reading"
-        f" its Parquet row group of {GROUP_ROWS:,}: {group / seconds:,.0f} times as long"
-    )
+    return 1e6 * seconds, 1e6 * group
 
 
 def timed(work: Callable[[], object]) -> float:

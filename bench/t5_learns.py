@@ -17,21 +17,23 @@ from pathlib import Path
 
 EXPERIMENT = """\
 pipeline: t5_pretrain
-data: {{path: {train}, valid: {valid}, max_seq_len: 64}}
-tokenizer: {{source: train, vocab: 2048}}
+data: {{path: {train}, valid: {valid}, max_seq_len: 32}}
+tokenizer: {{source: train, vocab: 1024}}
 model: {{d_model: 128, d_ff: 512, d_kv: 32, num_heads: 4, num_layers: 2, num_decoder_layers: 2}}
 train:
   epochs: {epochs}
   batch_size: 32
   accumulation: 1
   gpus: 1
-  learning_rate: 2e-3
-  warmup_steps: 100
+  optimizer: adafactor
+  learning_rate: 1e-2
+  schedule: one_cycle
+  warmup_steps: 50
   log_every_steps: 20
   eval_every_steps: 94
   save_every_steps: 94
 dev_score: {{samples: 128, batch_size: 64}}
-eval: {{generate: {{max_new_tokens: 64, batch_size: 64}}, max_samples: 200, report_samples: 4}}
+eval: {{generate: {{max_new_tokens: 32, batch_size: 64}}, max_samples: 200, report_samples: 4}}
 """
 
 
@@ -39,7 +41,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--train", type=Path, required=True)
     parser.add_argument("--valid", type=Path, required=True)
-    parser.add_argument("--epochs", type=int, default=10)
+    parser.add_argument("--epochs", type=int, default=8)
     parser.add_argument("--store", type=Path, default=Path("runs/bench_t5_learns"))
     args = parser.parse_args()
     args.store.mkdir(parents=True, exist_ok=True)

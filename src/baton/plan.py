@@ -22,6 +22,8 @@ from baton.pipelines import PIPELINES, Pipeline
 from baton.record import Plan, TaskPlan, replace
 from baton.train.config import RANDOM_NOTICE
 
+# Keys of a task's `data` that name local files.
+FILE_KEYS = ("path", "valid")
 # Files up to this size are hashed whole; of larger ones, evenly spaced pieces.
 _WHOLE_BYTES = 64 * 2**20
 _PIECES, _PIECE_BYTES = 16, 2**20
@@ -99,8 +101,10 @@ def build_plan(experiment: Experiment, *, created: str) -> Plan:
     problems |= {f"{place}: matrix: two tasks would be called {name!r}": None for name in twice}
     if problems:
         raise ConfigError(list(problems))
-    where = experiment.document.place(("data", "path"))
-    fingerprints = {path: fingerprint(path, where) for path in _local_files(tasks)}
+    fingerprints = {
+        path: fingerprint(path, experiment.document.place(("data", key)), key=key)
+        for path, key in _local_files(tasks).items()
+    }
     identity = {
         "pipeline": pipeline.name,
         "tasks": [encode(task) for task in tasks],
@@ -144,16 +148,16 @@ def pipeline_of(experiment: Experiment) -> Pipeline:
     return PIPELINES[experiment.pipeline]()
 
 
-def fingerprint(path: str, where: str = "") -> str:
+def fingerprint(path: str, where: str = "", *, key: str = "path") -> str:
     """Identity of a local input file, cheap enough for `status`: SHA-256 over size and bytes.
 
     Of a file over 64 MiB only sixteen evenly spaced MiB are read. `where` is the line that
-    names the file.
+    names the file, as `data.<key>`.
 
     Raises:
         ConfigError: there is no such file.
     """
-    place = f"{where}: data.path" if where else "data.path"
+    place = f"{where}: data.{key}" if where else f"data.{key}"
     found = find_file(path)
     try:
         size = found.stat().st_size
@@ -180,14 +184,15 @@ def _notice(tasks: Sequence[TaskPlan]) -> str:
     return RANDOM_NOTICE if sources == {"random"} else ""
 
 
-def _local_files(tasks: Sequence[TaskPlan]) -> list[str]:
-    """Every `data.path` of the tasks, once."""
-    paths: dict[str, None] = {}
+def _local_files(tasks: Sequence[TaskPlan]) -> dict[str, str]:
+    """Every file that the tasks' `data` names, once, with the key that names it."""
+    paths: dict[str, str] = {}
     for task in tasks:
         data: Any = task.config.get("data")
-        if isinstance(data, dict) and isinstance(data.get("path"), str):
-            paths[data["path"]] = None
-    return list(paths)
+        for key in FILE_KEYS:
+            if isinstance(data, dict) and isinstance(data.get(key), str):
+                paths.setdefault(data[key], key)
+    return paths
 
 
 def _name_of(path: Path) -> str:

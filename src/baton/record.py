@@ -230,7 +230,8 @@ class EvalRecord(Record):
 
     `scores` and `samples` depend on the plan alone; `training`, `generation` and
     `environment` are measurements of the machine. `loss_curve` rows are
-    `[step, train loss]`, `dev_curve` rows `[step, dev loss]`.
+    `[step, train loss]`, `dev_curve` rows `[step, dev loss]`; `dev_scores` has rows
+    `[step, score]` for each score that was taken with the dev loss, by its name.
     """
 
     experiment: str
@@ -246,6 +247,7 @@ class EvalRecord(Record):
     loss_curve: list[list[float]]
     dev_curve: list[list[float]]
     samples: list[Sample]
+    dev_scores: dict[str, list[list[float]]] = field(default_factory=dict)
     config: dict[str, Any]
     environment: dict[str, str]
 

@@ -15,7 +15,7 @@ from baton.errors import BatonError, ConfigError, ExitStatus, FencedError
 from baton.handover import StopSignal
 from baton.legs import Legs, this_runner, utc_now
 from baton.pipelines import PIPELINES
-from baton.plan import fingerprint
+from baton.plan import FILE_KEYS, fingerprint
 from baton.record import LegRecord, LegState, Plan, TaskPlan, dump_json, replace
 from baton.stage import PROGRESS_EVERY_SECONDS, Alone, Leg, Outcome, Peers, Stage
 from baton.store.local import LocalStore
@@ -143,13 +143,17 @@ class TaskRunner:
         """
         if "data" in self.allow_changed or self.position()[0]:
             return
-        path = self.task.config.get("data", {}).get("path")
-        was = self.plan.fingerprints.get(path)
-        if was is not None and fingerprint(path) != was:
-            raise ConfigError(
-                f"data.path: {path} is not the file that was submitted; submit again for a new"
-                " run of the file as it is now, or use --allow-changed data"
-            )
+        problems = []
+        for key in FILE_KEYS:
+            path = self.task.config.get("data", {}).get(key)
+            was = self.plan.fingerprints.get(path)
+            if was is not None and fingerprint(path, key=key) != was:
+                problems.append(
+                    f"data.{key}: {path} is not the file that was submitted; submit again for a"
+                    " new run of the file as it is now, or use --allow-changed data"
+                )
+        if problems:
+            raise ConfigError(problems)
 
     def _run_stages(self, leg: Leg, stages: tuple[Stage, ...]) -> Outcome:
         for stage in stages:

@@ -1,4 +1,4 @@
-"""`loss_curves.png`: train and dev loss over the steps of each task."""
+"""`loss_curves.png`: train and dev loss, and dev scores if any, over the steps of each task."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 _TRAIN = lighter(COLOURS[0], 0.5)
 _DEV = COLOURS[1]
+_SCORE = COLOURS[2]
 
 
 def draw_curves(heading: Heading, results: Sequence[Result]) -> Drawing:
@@ -40,7 +41,7 @@ def draw_curves(heading: Heading, results: Sequence[Result]) -> Drawing:
             notice=text.plain(heading.notice),
             caption=" ".join(filter(None, caption)),
             panel_height=1.8 if small else 2.5 if columns == 4 else 3.0 if columns > 1 else 5.0,
-            legend=_curve_legend(),
+            legend=_curve_legend(_scores_of(shown)),
             share=True,
         )
         for index, (axes, result) in enumerate(zip(frame.axes, shown, strict=True)):
@@ -61,6 +62,13 @@ def _draw_curve(axes: Axes, result: Result, text: Text, *, width: int) -> None:
     train, dev = result.train_curve, result.dev_curve
     axes.plot(train[:, 0], train[:, 1], color=_TRAIN, linewidth=1.2)
     axes.plot(dev[:, 0], dev[:, 1], color=_DEV, marker="o", markersize=4, linewidth=1.2)
+    for name, rows in (result.record.dev_scores if result.record else {}).items():
+        # A score has a scale of its own, on the right.
+        scale = axes.twinx()
+        steps, scores = zip(*rows, strict=True)
+        scale.plot(steps, scores, color=_SCORE, marker="s", markersize=3, linewidth=1.0)
+        scale.set_ylabel(name, color=_SCORE)
+        scale.set_ylim(bottom=0)
     if result.record:
         axes.axvline(result.record.training.best_step, color=QUIET, linestyle="--", linewidth=1)
     state = "" if result.record else f" ({result.state})"
@@ -88,11 +96,17 @@ def _share_loss_axis(axes: Axes, shown: Sequence[Result]) -> None:
         axes.margins(y=0.08)
 
 
-def _curve_legend() -> list[tuple[Any, str]]:
+def _scores_of(shown: Sequence[Result]) -> list[str]:
+    """Names of the scores that were taken with the dev loss in any of the tasks."""
+    return sorted({name for r in shown if r.record for name in r.record.dev_scores})
+
+
+def _curve_legend(scores: Sequence[str]) -> list[tuple[Any, str]]:
     from matplotlib.lines import Line2D
 
     return [
         (Line2D([], [], color=_TRAIN, linewidth=1.6), "train loss"),
         (Line2D([], [], color=_DEV, marker="o", markersize=5), "dev loss"),
+        *((Line2D([], [], color=_SCORE, marker="s", markersize=4), name) for name in scores),
         (Line2D([], [], color=QUIET, linestyle="--"), "evaluated checkpoint"),
     ]

@@ -127,10 +127,11 @@ class Padded:
 class Seq2SeqLoss:
     """The summed cross-entropy of a micro-batch under a T5, the head on labelled tokens only."""
 
-    def __init__(self, network: Any, *, compute_dtype: torch.dtype) -> None:
+    def __init__(self, network: Any, *, compute_dtype: torch.dtype, compiled: bool = False) -> None:
         config = network.config
         self.network = network
         self.compute_dtype = compute_dtype
+        self.compiled = compiled
         # A tied head sees embeddings of unit scale (Raffel et al., 2020).
         tied = getattr(config, "scale_decoder_outputs", config.tie_word_embeddings)
         self.scale = config.d_model**-0.5 if tied else 1.0
@@ -160,14 +161,15 @@ class Seq2SeqLoss:
             network.lm_head.weight,
             batch.labels,
             compute_dtype=self.compute_dtype,
+            compiled=self.compiled,
         )
 
 
 def compile_blocks(network: Any, **options: Any) -> None:
-    """Compile every block of encoder and decoder at its first call, each for its own shapes."""
+    """Compile every block of encoder and decoder at its first call; those alike share the code."""
     torch._dynamo.config.recompile_limit = _MOST_COMPILED
     for block in _blocks(network):
-        block.forward = torch.compile(block.forward, dynamic=False, **options)
+        block.forward = torch.compile(block.forward, **options)
 
 
 @contextmanager

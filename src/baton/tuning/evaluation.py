@@ -178,6 +178,11 @@ def _score(leg: Leg, ranks: Ranks, exam: Exam, shards: int, best_step: int) -> N
         generation=_figures(config, answered),
         loss_curve=[[line["step"], line["loss"]] for line in curve if "loss" in line],
         dev_curve=[[line["step"], line["dev_loss"]] for line in curve if "dev_loss" in line],
+        dev_scores={
+            name: [[line["step"], line[name]] for line in curve if name in line]
+            for name in sorted({key for line in curve for key in line if key.startswith("dev_")})
+            if name != "dev_loss"
+        },
         samples=[
             Sample(prompt=question.asked, reference=question.reference, prediction=prediction)
             for question, prediction in sorted(

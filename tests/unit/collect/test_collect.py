@@ -608,6 +608,20 @@ def test_the_fast_way_to_read_a_record_finds_what_the_decoder_finds(tmp_path):
     assert read.dev_curve.tolist() == record.dev_curve
 
 
+def test_scores_taken_with_the_dev_loss_are_read_and_drawn_beside_it(tmp_path):
+    scores = {"dev_bleu": [[40.0, 3.5], [80.0, 7.25]]}
+    pictures = []
+    for name, changes in (("without", {}), ("with", {"dev_scores": scores})):
+        (tmp_path / name).mkdir()
+        lab = Lab(tmp_path / name, METHODS)
+        record = lab.record("lora", **CURVES, **changes)
+        assert read_eval_record(record.to_json(), where="x").record.dev_scores == record.dev_scores
+        lab.finish("lora", [entry(0.5)], **CURVES, **changes)
+        lab.collect()
+        pictures.append((lab.out / "loss_curves.png").read_bytes())
+    assert pictures[0] != pictures[1]
+
+
 def test_curves_are_left_out_without_reading_them_and_nothing_else_changes(tmp_path):
     nasty = 'a\n  "loss_curve": [1],\n  "samples": [2]'
     record = Lab(tmp_path, METHODS).record(

@@ -44,7 +44,8 @@ class Task:
             "tokenizer": {"source": "train", "vocab": 300},
         }
         for section, change in changes.items():
-            values[section] = values.get(section, {}) | change
+            before = {} if section == "tokenizer" else values.get(section, {})
+            values[section] = before | change
         self.config = decode(T5Pretrain, values)
         self.stop = StopSignal()
         self.legs = 0

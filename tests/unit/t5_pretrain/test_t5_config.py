@@ -106,3 +106,22 @@ def test_what_cannot_be_is_said(settings: tuple[str, ...], says: str) -> None:
     with pytest.raises(ConfigError) as caught:
         configs(*settings)
     assert says in str(caught.value)
+
+
+def test_both_files_of_pairs_are_part_of_what_a_run_is(tmp_path: Path) -> None:
+    for name in ("train", "valid"):
+        (tmp_path / f"{name}.jsonl").write_text(f'{{"prompt": "{name}", "response": "x"}}\n')
+    settings = ("data.hub=null", f"data.path={tmp_path}/train.jsonl", "matrix.template=null")
+    settings = (*settings, f"data.valid={tmp_path}/valid.jsonl")
+
+    def digest() -> str:
+        return build_plan(select("t5_pretrain", settings).experiment, created="now").digest
+
+    before = digest()
+    assert digest() == before
+    (tmp_path / "valid.jsonl").write_text('{"prompt": "other", "response": "x"}\n')
+    assert digest() != before
+    (tmp_path / "valid.jsonl").unlink()
+    with pytest.raises(ConfigError) as caught:
+        digest()
+    assert f"data.valid: there is no file {tmp_path}/valid.jsonl" in str(caught.value)

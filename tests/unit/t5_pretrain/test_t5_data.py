@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,10 @@ import pytest
 from click.testing import CliRunner
 
 from baton.cli import cli
+from baton.errors import DataError
 from baton.handover import StopSignal
 from baton.pipelines.t5_pretrain import data as stage
+from baton.pipelines.t5_pretrain.model import PairModel
 from baton.stage import Outcome
 
 SHARED = Path(__file__).parents[3].parent / "shared" / "data"
@@ -160,6 +163,21 @@ def test_validation_pairs_may_be_a_file_of_their_own(
     assert [pair.prompt for pair in stage.read_valid(one.root)] == ["one", "three"]
     [left_out] = (one.root / "data" / "rejects_valid.jsonl").read_text().splitlines()
     assert json.loads(left_out)["reason"] == "empty_prompt"
+
+
+def test_a_tokenizer_of_ones_own_is_kept_with_the_task(
+    many: Path, task: Callable[..., Any], tmp_path: Path
+) -> None:
+    own = tmp_path / "own"
+    baton_data("tokenizer", many, "--prompt", "q", "--response", "a", "--vocab", 290, "--out", own)
+    one = task(many, data={"rows": 50}, tokenizer={"source": "path", "path": str(own)})
+    assert one.prepare() is Outcome.FINISHED
+    shutil.rmtree(own)
+    assert len(PairModel.of(one.leg()).tokenizer()) == 290
+    missing = task(many, tokenizer={"source": "path", "path": str(own)})
+    with pytest.raises(DataError) as caught:
+        missing.prepare()
+    assert str(caught.value).startswith(f"tokenizer.path: {own} is not a folder; make one with")
 
 
 # --- real files ---------------------------------------------------------------------------------

@@ -90,6 +90,7 @@ def test_the_best_model_loads_in_transformers_and_answers_on_the_command_line(
     assert "tok:char" in scores["bleu_4_char"].convention
     history = json.loads((trained.root / "train" / "dev_history.json").read_bytes())
     assert record.training.best_step == max(history, key=lambda row: (row[2], -row[0]))[0]
+    assert record.dev_scores == {"dev_bleu": [[row[0], row[2]] for row in history]}
     assert record.training.total_parameters == record.training.trainable_parameters
 
     final = trained.root / "train" / "final"

@@ -58,9 +58,9 @@ class T5TrainConfig(TrainConfig):
     Attributes:
         tokens_per_micro_batch: pads count; 0 takes what `batch_size` pairs of full length need.
         pad_to: widths are rounded up to a multiple of this, so that few shapes occur.
-        fixed_shapes: every micro-batch has as many rows, for compiled models.
+        fixed_shapes: every micro-batch of one width has as many rows, and compiled blocks are
+            made for each shape by itself rather than for any.
         low_memory: read little ahead, pin no memory, give back what was read; same results.
-        compile: compile the blocks of encoder and decoder, one by one.
     """
 
     batch_size: Annotated[int, at_least(1)] = 32
@@ -71,7 +71,6 @@ class T5TrainConfig(TrainConfig):
     pad_to: Annotated[int, at_least(1)] = 8
     fixed_shapes: bool = False
     low_memory: bool = False
-    compile: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()

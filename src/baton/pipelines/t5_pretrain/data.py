@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from baton.config.decode import decode
+from baton.config.home import find_file
 from baton.data.config import PairConfig
 from baton.data.pair_files import REJECTS, PairReader, texts_of
 from baton.data.pairs import PairCounts, PairEncoder, write_pairs
@@ -26,6 +27,8 @@ from baton.pipelines.t5_pretrain.model import PairModel
 from baton.record import dump_json
 from baton.stage import Leg, Outcome
 from baton.store.checkpoint import sha256_of
+from baton.train.base import load_tokenizer
+from baton.train.config import PathModel
 from baton.tuning.model import BASE, DATA
 
 SHARDS = f"{DATA}/shards"
@@ -51,8 +54,8 @@ def prepare(leg: Leg) -> Outcome:
     folder = leg.folder / DATA
     folder.mkdir(parents=True, exist_ok=True)
     source = open_source(config.data, pinned=leg.plan.pins.get(config.data.pin_key, ""))
-    if isinstance(config.tokenizer, OwnTokenizer) and not (leg.folder / BASE).exists():
-        _train_tokenizer(leg, source, config.tokenizer)
+    if not (leg.folder / BASE).exists():
+        _keep_tokenizer(leg, source)
     tokenizer = PairModel.of(leg).tokenizer()
     encoder = PairEncoder(tokenizer, max_seq_len=config.data.max_seq_len)
     reader = PairReader(source, config.data)
@@ -104,11 +107,25 @@ def read_valid(folder: Path) -> Iterator[Pair]:
             yield Pair(**json.loads(line))
 
 
-def _train_tokenizer(leg: Leg, source: RowSource, config: OwnTokenizer) -> None:
-    reader = PairReader(source, leg.config.data)
-    kept = (row for row in reader.rows() if isinstance(row, Row))
-    rows = (row for row, is_held_out in reader.split(kept) if not is_held_out)
-    tokenizer = train_vocabulary(texts_of(itertools.islice(rows, config.rows)), vocab=config.vocab)
+def _keep_tokenizer(leg: Leg, source: RowSource) -> None:
+    """Put the run's tokenizer into the task's folder, where no later change reaches it."""
+    config: T5Pretrain = leg.config
+    said = config.tokenizer
+    if isinstance(said, OwnTokenizer):
+        reader = PairReader(source, config.data)
+        kept = (row for row in reader.rows() if isinstance(row, Row))
+        rows = (row for row, is_held_out in reader.split(kept) if not is_held_out)
+        texts = texts_of(itertools.islice(rows, said.rows))
+        tokenizer: Any = train_vocabulary(texts, vocab=said.vocab)
+    else:
+        folder = find_file(said.path)
+        if not folder.is_dir():
+            raise DataError(
+                f"tokenizer.path: {said.path} is not a folder; make one with"
+                " `baton data t5 tokenizer`"
+            )
+        given = PathModel(source="path", path=str(folder))
+        tokenizer = load_tokenizer(given, base_folder=leg.folder / BASE)
     beside = leg.folder / f".{BASE}-{leg.record.number:03d}"
     tokenizer.save_pretrained(beside)
     os.replace(beside, leg.folder / BASE)

@@ -12,11 +12,11 @@ import torch
 from transformers import T5Config, T5ForConditionalGeneration
 
 from baton.config.decode import encode
-from baton.pipelines.t5_pretrain.config import OwnTokenizer, T5Pretrain, T5Shape
+from baton.pipelines.t5_pretrain.config import T5Pretrain, T5Shape
 from baton.stage import Leg
 from baton.train.base import load_tokenizer
 from baton.train.config import PathModel
-from baton.train.layers import recompute_layers
+from baton.train.layers import is_compiled, recompute_layers
 from baton.train.learner import Learner
 from baton.train.precision import Precision
 from baton.train.seq2seq import compile_blocks
@@ -58,10 +58,9 @@ class PairModel:
         return cls(config=leg.config, folder=leg.folder)
 
     def tokenizer(self) -> Any:
-        """Trained by the task's data stage, or the folder that the experiment names."""
-        said, base = self.config.tokenizer, self.folder / BASE
-        path = str(base) if isinstance(said, OwnTokenizer) else said.path
-        return load_tokenizer(PathModel(source="path", path=path), base_folder=base)
+        """The one that the task's data stage trained, or copied from where the experiment says."""
+        base = self.folder / BASE
+        return load_tokenizer(PathModel(source="path", path=str(base)), base_folder=base)
 
     def description(self) -> dict[str, str]:
         """The model as records name it."""
@@ -86,8 +85,8 @@ class PairModel:
         network = network.to(device)
         if packed and config.train.activation_checkpointing:
             recompute_layers(network)
-        if packed and config.train.compile:
-            compile_blocks(network)
+        if packed and is_compiled(config.train, device):
+            compile_blocks(network, dynamic=False if config.train.fixed_shapes else None)
         identity = {"shape": encode(config.model), "vocabulary": said.vocab_size}
         return Learner(
             network=network,
