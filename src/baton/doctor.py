@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from baton.config.docker_site import DockerSite
 from baton.config.home import home
 from baton.config.site import LocalSite, Site
 from baton.errors import BatonError, ExitStatus
@@ -48,6 +49,15 @@ def examine(site: Site, store_root: Path) -> Iterator[Finding]:
     """Check everything about a site that can be checked from here; changes nothing."""
     yield store_is_writable(store_root)
     if isinstance(site, LocalSite):
+        return
+    if isinstance(site, DockerSite):
+        from baton.launchers.docker_checks import engine_checks
+
+        for name in site.env:
+            if name not in os.environ:
+                yield Finding("note", "env", f"{name} is not set here; tasks would not have it")
+        for verdict, about, said in engine_checks(site):
+            yield Finding(verdict, about, said)
         return
     from baton.launchers.slurm_checks import cluster_checks
 

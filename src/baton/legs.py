@@ -122,8 +122,10 @@ class Legs:
         """Is an active leg really at work, seen from the process `here`?"""
         if leg.runner.is_visible_from(here):
             return _start_ticks(leg.runner.pid) == leg.runner.started_ticks
-        if leg.submission.startswith("slurm:") and leg.submission == submission:
-            return False  # Slurm runs a job once: that we run means that the older leg does not.
+        if leg.submission.startswith(("slurm:", "docker:")) and _same_place(leg, submission):
+            # Slurm runs a job once, and an engine has one container of a name: that we run means
+            # that the older leg does not.
+            return False
         return self._silent_seconds(leg) < HEARTBEAT_TIMEOUT_SECONDS
 
     def _silent_seconds(self, leg: LegRecord) -> float:
@@ -152,6 +154,11 @@ class Legs:
             f" ({reasons}). Mend the cause, give the legs more time, or save more often"
             " (train.save_every_steps); then submit again"
         )
+
+
+def _same_place(leg: LegRecord, submission: str) -> bool:
+    """Do both run in the same job or container? A `#` parts its name from the submission's."""
+    return leg.submission.partition("#")[0] == submission.partition("#")[0]
 
 
 def _lasted(leg: LegRecord) -> str:

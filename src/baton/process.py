@@ -6,6 +6,7 @@ import logging
 import os
 import sys
 import warnings
+from pathlib import Path
 
 from baton.config.site import load_site
 from baton.errors import ConfigError
@@ -27,6 +28,21 @@ def limit_threads(site: str) -> None:
     # Whoever starts a leg on another machine has said so, and has no site file there.
     if "OMP_NUM_THREADS" not in os.environ:
         os.environ["OMP_NUM_THREADS"] = str(load_site(site).threads)
+
+
+def warn_of_a_passing_store(root: Path) -> None:
+    """Say so when the store lies in a container's own layer, which goes with the container."""
+    # The images set it; elsewhere a store on the root's device is as good as any.
+    if "BATON_COMMIT" not in os.environ:
+        return
+    there = next(place for place in (root, *root.parents) if place.exists())
+    if there.stat().st_dev == Path("/").stat().st_dev:
+        logging.getLogger("baton").warning(
+            "the store %s lies in this container and goes with it: mount a volume or a folder"
+            " (docker run -v runs:%s …), or name another place with --store",
+            root,
+            root,
+        )
 
 
 def prepare_gpu_memory() -> None:

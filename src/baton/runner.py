@@ -95,6 +95,7 @@ class TaskRunner:
             processes=peers.size,
             started=self.now(),
             position=self.position(),
+            environment=image_of_this_leg(),
         )
         refused: BatonError | None = None
         if peers.rank == 0:
@@ -285,6 +286,12 @@ def submission_id() -> str:
     if "SLURM_JOB_ID" in os.environ:
         return f"slurm:{os.environ['SLURM_JOB_ID']}"
     return f"run:{os.getpid()}:{utc_now()}"
+
+
+def image_of_this_leg() -> dict[str, str]:
+    """Which image a leg runs in, and of which commit, as far as the environment tells."""
+    names = {"image": "BATON_IMAGE", "commit": "BATON_COMMIT"}
+    return {key: os.environ[name] for key, name in names.items() if os.environ.get(name)}
 
 
 def task_store(root: Path, plan: Plan, task: str) -> LocalStore:

@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
-# Install the real Docker engine that the tests start, on Debian or Ubuntu, as root. Nothing is
-# started, and no bridge is made.
+# Install the real Docker engine that the tests start, on Debian or Ubuntu, as root. What the package
+# starts itself is left alone: the tests' engine has a folder and a socket of its own.
 set -euo pipefail
+if [ -x /usr/bin/docker ] && command -v dockerd >/dev/null && command -v mmdebstrap >/dev/null; then exit; fi
 export DEBIAN_FRONTEND=noninteractive
-if command -v dockerd >/dev/null && [ -x /usr/bin/docker ]; then exit; fi
-apt-get -qq update
-apt-get -qq install -y --no-install-recommends docker.io containerd runc tini
+apt-get -qq -o DPkg::Lock::Timeout=300 update
+apt-get -qq -o DPkg::Lock::Timeout=300 install -y --no-install-recommends \
+  docker.io containerd runc tini mmdebstrap

@@ -268,7 +268,7 @@ typo: 1
         ["check", "qa", "more"],
         ["submit", "qa", "--max-parallel", "0"],
         ["submit", "qa", "--max-parallel", "two"],
-        ["run", "qa"],
+        ["run"],
         ["status", "qa", "--jsn"],
     ],
 )

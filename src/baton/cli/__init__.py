@@ -46,13 +46,33 @@ def main() -> None:
         sys.exit(ExitStatus.FAILED)
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+class Commands(click.Group):
+    """Commands by name, and the pipelines: `baton medical_qa …` is `baton run medical_qa …`.
+
+    An image's entrypoint is `baton`, so a pipeline's name is all that `docker run` needs.
+    """
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        if args and args[0] not in self.commands:
+            from baton.pipelines import PIPELINES
+
+            if args[0] in PIPELINES:
+                return "run", run, args
+        return super().resolve_command(ctx, args)
+
+
+@click.group(
+    cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100}
+)
 @click.version_option(baton.__version__)
 def cli() -> None:
     """Containerized, preemption-safe LLM training jobs.
 
     EXP is an experiment (medical_qa), one task of one (qlora_100k, or smoke/medical_qa/lora_20k),
     or a path to a YAML file. Submitting again is resuming: what is finished is skipped.
+    A pipeline's name in the place of a command means `run`: baton medical_qa --task qlora_100k.
     """
 
 

@@ -14,7 +14,7 @@ from baton.errors import ExitStatus
 
 @click.command()
 @click.argument("plan_or_exp", metavar="PLAN")
-@click.option("--task", required=True, help="The task to work on.")
+@click.option("--task", help="The task to work on; may be left out where PLAN has only one.")
 @SITE
 @click.option(
     "--store",
@@ -31,30 +31,57 @@ from baton.errors import ExitStatus
 @click.option(
     "--stage", metavar="NAME", envvar="BATON_STAGE", help="The last stage to run; default: all."
 )
+@click.option(
+    "--processes",
+    type=click.IntRange(1),
+    default=1,
+    show_default=True,
+    help="Training processes on this machine, one a GPU.",
+)
 def run(
     plan_or_exp: str,
-    task: str,
+    task: str | None,
     site: str,
     store: str | None,
     settings: tuple[str, ...],
     allow_changed: tuple[str, ...],
     stage: str | None,
+    processes: int,
 ) -> None:
     """Work on one task: what a container, a Slurm job or the local launcher executes.
 
-    PLAN is a plan.json, or an experiment's name. Exits with 0 when the task is finished, 75 when
+    PLAN is a plan.json, or what EXP is elsewhere. Exits with 0 when the task is finished, 75 when
     it was handed over (run the same again), 78 when running again cannot help.
     """
     # Before any slow import: a signal may come while torch loads.
-    from baton.process import limit_threads, listen, log_to_stdout, prepare_gpu_memory
+    from baton.process import (
+        limit_threads,
+        listen,
+        log_to_stdout,
+        prepare_gpu_memory,
+        warn_of_a_passing_store,
+    )
 
     stop = listen()
+    if processes > 1:
+        from baton.launchers.processes import run_together
+
+        words = [word for word in sys.argv[1:] if not word.startswith("--processes=")]
+        if "--processes" in words:
+            place = words.index("--processes")
+            del words[place : place + 2]
+        sys.exit(run_together([sys.executable, "-m", "baton", *words], processes, stop))
     log_to_stdout()
     from baton.runner import TaskRunner, submission_id, task_store
 
     limit_threads(site)
     prepare_gpu_memory()
+    if task is None and not plan_or_exp.endswith(".json"):
+        # Before freezing asks a hub about anything.
+        task = Target.fresh(plan_or_exp, settings, site, store).one_task("run")
     target = Target.frozen(plan_or_exp, settings, site, store)
+    task = task or target.one_task("run")
+    warn_of_a_passing_store(target.root)
     runner = TaskRunner(
         plan=target.plan,
         task=target.plan.task(task),

@@ -12,6 +12,9 @@ from baton.cli.options import JSON, SET, SITE, STORE
 from baton.cli.target import Target
 from baton.errors import ConfigError
 
+# Of a task in one of these states more may come.
+_GOING_ON = ("running", "unattended", "pending", "handed over", "stage done", "lost")
+
 
 @click.command()
 @click.argument("exp")
@@ -67,7 +70,7 @@ def logs(task: str, settings: tuple[str, ...], site: str, store: str | None, fol
         if state != "running" and time.monotonic() - looked >= launcher.look_every_seconds:
             looked = time.monotonic()
             state = target.statuses()[0].state
-            follow = state in ("running", "pending", "handed over", "stage done", "lost")
+            follow = state in _GOING_ON
         elif state in ("finished", "cancelled"):
             follow = False
         if follow:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 from baton.config.decode import at_least, decode
+from baton.config.docker_site import DockerSite
 from baton.config.experiment import available, nearest
 from baton.config.home import launch_folder
 from baton.config.slurm_site import SlurmSite
@@ -37,7 +38,7 @@ class LocalSite:
     env: dict[str, str] = field(default_factory=dict)
 
 
-Site = LocalSite | SlurmSite
+Site = LocalSite | DockerSite | SlurmSite
 
 
 def load_site(name: str) -> Site:

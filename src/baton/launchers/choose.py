@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from baton.config.docker_site import DockerSite
 from baton.config.site import LocalSite, Site
 from baton.handover import StopSignal
 from baton.launchers.base import Launcher
@@ -15,6 +16,10 @@ def launcher_for(
         from baton.launchers.local import LocalLauncher
 
         return LocalLauncher(site, stop or StopSignal(), max_parallel)
+    if isinstance(site, DockerSite):
+        from baton.launchers.docker import DockerLauncher
+
+        return DockerLauncher(site, stop or StopSignal(), max_parallel)
     from baton.launchers.slurm import SlurmLauncher
 
     return SlurmLauncher(site, max_parallel)

@@ -1,0 +1,187 @@
+"""Where a container's `/runs` is: a folder of this machine, or a volume of an engine elsewhere."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import tarfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from baton.config.docker_site import DockerSite
+from baton.config.home import find_file
+from baton.errors import ConfigError, NameMissing
+from baton.frozen import FILE
+from baton.launchers.base import LOG, Request
+from baton.launchers.docker_engine import Engine
+from baton.runner import task_prefix
+from baton.store.local import LocalStore
+
+RUNS = "/runs"
+# Where the image keeps jobs/ and launch/; a relative path of an experiment is found below.
+HOME = "/opt/baton"
+_INPUTS = f"{RUNS}/.inputs"
+
+
+class Place(Protocol):
+    """Brings plans to where containers read them, and records to where `baton` does."""
+
+    def words(self, request: Request) -> list[str]:
+        """Options of `docker run` that let a container see the store and its input files."""
+        ...
+
+    def send(self, request: Request) -> None:
+        """Make plan and input files ready for containers."""
+        ...
+
+    def put(self, name: str, data: bytes) -> None:
+        """Write a small object of the store, here and for containers."""
+        ...
+
+    def drop(self, name: str) -> None:
+        """Delete an object of the store, here and for containers."""
+        ...
+
+    def fetch(self, request: Request, tasks: Sequence[str], *, whole: bool = True) -> None:
+        """Bring here what tasks have written; unless `whole`, only how far they are."""
+        ...
+
+
+@dataclass(frozen=True)
+class Folder:
+    """A store in a folder of this machine: containers and `baton` work on the same files."""
+
+    root: Path
+
+    def words(self, request: Request) -> list[str]:
+        words = _bind(self.root, RUNS)
+        for name, found in _inputs(request).items():
+            target = name if name.startswith("/") else f"{HOME}/{name}"
+            words += _bind(found, target, "readonly")
+        return words
+
+    def send(self, request: Request) -> None:
+        """Everything is there; only the folder must exist, or the engine would not mount it."""
+        self.root.mkdir(parents=True, exist_ok=True)
+
+    def put(self, name: str, data: bytes) -> None:
+        LocalStore(self.root).write(name, data)
+
+    def drop(self, name: str) -> None:
+        LocalStore(self.root).delete(name)
+
+    def fetch(self, request: Request, tasks: Sequence[str], *, whole: bool = True) -> None:
+        """There is only one place."""
+
+
+@dataclass(frozen=True)
+class Volume:
+    """A store in a volume, reached through short-lived containers of the image.
+
+    Everything but checkpoints is copied to `root`, so that status, logs and collect work here.
+    """
+
+    root: Path
+    volume: str
+    engine: Engine
+    image: str
+
+    def words(self, request: Request) -> list[str]:
+        # An experiment's relative paths are looked for in the working directory first.
+        return [*self._mount(), "--workdir", _INPUTS]
+
+    def send(self, request: Request) -> None:
+        files = {f"{request.plan.experiment}/{request.plan.digest}/{FILE}": request.plan_path}
+        for name, found in _inputs(request).items():
+            if name.startswith("/"):
+                raise ConfigError(
+                    f"data.path: {name} is a file of this machine, the engine is at"
+                    f" {self.engine.endpoint}; name it by a path relative to the project's folder"
+                    " and it is copied there"
+                )
+            files[f".inputs/{name}"] = found
+        self._unpack({name: path.read_bytes() for name, path in files.items()})
+
+    def put(self, name: str, data: bytes) -> None:
+        LocalStore(self.root).write(name, data)
+        self._unpack({name: data})
+
+    def drop(self, name: str) -> None:
+        LocalStore(self.root).delete(name)
+        self._run("rm", "-f", f"{RUNS}/{name}")
+
+    def fetch(self, request: Request, tasks: Sequence[str], *, whole: bool = True) -> None:
+        prefixes = [task_prefix(request.plan, task) for task in tasks]
+        what = (
+            "-type d ( -name checkpoints -o -name .incoming ) -prune -o -type f"
+            f" ! -name {LOG} ! -name .* -print0"
+            if whole
+            else "-maxdepth 2 ( -name progress.json -o -path */legs/*.json -o -name done.json )"
+            " -print0"
+        )
+        # tar ends in 1 when a file changed or went away under its hands, which is their right.
+        script = (
+            'cd "$1"; what=$2; shift 2; set -f; for folder; do [ ! -d "$folder" ] ||'
+            ' find "$folder" $what; done | { tar --null -T - -cf - || [ $? = 1 ]; }'
+        )
+        archive = self._run("sh", "-c", script, "fetch", RUNS, what, *prefixes)
+        store = LocalStore(self.root)
+        with tarfile.open(fileobj=io.BytesIO(archive)) as packed:
+            for member in packed:
+                content = packed.extractfile(member)
+                if content is not None:
+                    _write_if_new(store, member.name, content.read())
+
+    def _mount(self) -> list[str]:
+        return ["--mount", f"type=volume,source={self.volume},target={RUNS}"]
+
+    def _run(self, program: str, *words: str, given: bytes | None = None) -> bytes:
+        options = [*self._mount(), "--network", "none", "--entrypoint", program]
+        return self.engine.once([*options, self.image, *words], given=given)
+
+    def _unpack(self, files: Mapping[str, bytes]) -> None:
+        packed = io.BytesIO()
+        with tarfile.open(fileobj=packed, mode="w") as archive:
+            for name, data in files.items():
+                member = tarfile.TarInfo(name)
+                member.size = len(data)
+                archive.addfile(member, io.BytesIO(data))
+        script = f"mkdir -p {_INPUTS} && tar -C {RUNS} --no-same-owner -xf -"
+        self._run("sh", "-c", script, given=packed.getvalue())
+
+
+def place_of(site: DockerSite, root: Path, engine: Engine, image: str) -> Place:
+    """Where the containers of a site keep the store at `root`.
+
+    Raises:
+        ConfigError: the engine is on another machine, and the site names no volume.
+    """
+    if site.volume is not None:
+        return Volume(root, site.volume, engine, image)
+    if engine.is_elsewhere:
+        raise ConfigError(
+            f"store {root} is a folder of this machine, which the engine at {engine.endpoint}"
+            " cannot see: add `volume: baton-runs` to the site"
+        )
+    return Folder(root)
+
+
+def _inputs(request: Request) -> dict[str, Path]:
+    """The input files of a plan that are not in the image, by the names that it has for them."""
+    found = {name: find_file(name).absolute() for name in request.plan.fingerprints}
+    return {name: path for name, path in found.items() if path.is_file()}
+
+
+def _bind(source: Path, target: str, *more: str) -> list[str]:
+    if "," in str(source):
+        raise ConfigError(f"{source}: Docker does not mount a path with a comma in it")
+    return ["--mount", ",".join([f"type=bind,source={source},target={target}", *more])]
+
+
+def _write_if_new(store: LocalStore, name: str, data: bytes) -> None:
+    with contextlib.suppress(NameMissing):
+        if store.read(name) == data:
+            return
+    store.write(name, data)
