@@ -58,6 +58,7 @@ def run(
         plan=target.plan,
         task=target.plan.task(task),
         store=task_store(target.root, target.plan, task),
+        mirror=target.place.mirror(target.plan, task),
         stop=stop,
         submission=submission_id(),
         allow_changed=allow_changed,
@@ -87,6 +88,8 @@ def verify_resume(task: str, settings: tuple[str, ...], site: str, store: str | 
     limit_threads(site)
     target = Target.submitted(task, settings, site, store)
     meant = target.plan.task(target.one_task("verify-resume"))
+    if (mirror := target.place.mirror(target.plan, meant.name)) is not None:
+        mirror.bring_checkpoints()
     stop = listen()
     quiet_libraries()
     logging.basicConfig(level=logging.WARNING, format="%(message)s")

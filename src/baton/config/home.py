@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
+import re
 from pathlib import Path
 
 from baton.errors import ConfigError
@@ -43,3 +45,18 @@ def find_file(path: str) -> Path:
         return found
     from_home = home() / path
     return from_home if from_home.exists() else found
+
+
+def scratch_folder(url: str) -> Path:
+    """Where this machine keeps its copy of a remote store while it works.
+
+    Below $BATON_SCRATCH if set, else below the user's cache folder. The same bucket behind
+    another endpoint is another store.
+    """
+    default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "baton" / "stores"
+    base = Path(os.environ.get("BATON_SCRATCH") or default)
+    place, _, _ = url.partition("?")
+    endpoints = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "HF_ENDPOINT")
+    behind = next((os.environ[name] for name in endpoints if os.environ.get(name)), "")
+    digest = hashlib.sha256(f"{place.rstrip('/')} {behind}".encode()).hexdigest()[:8]
+    return base.absolute() / f"{re.sub(r'[^A-Za-z0-9._-]+', '-', place).strip('-')}-{digest}"

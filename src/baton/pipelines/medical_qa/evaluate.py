@@ -28,7 +28,6 @@ from baton.record import (
     dump_json,
 )
 from baton.stage import Leg, Outcome
-from baton.store.checkpoint import Checkpoints
 from baton.train.base import describe, load_tokenizer
 from baton.train.config import pin_key
 from baton.train.environment import environment_of
@@ -79,18 +78,12 @@ def chosen_rows(folder: Path, config: MedicalQA) -> list[data.QARow]:
 def _fetch_best(leg: Leg, ranks: Ranks) -> int:
     """Bring the best checkpoint that is whole to `.best-RANK`; returns its step."""
     history = json.loads(leg.store.read(f"{training.FOLDER}/dev_history.json"))
-    checkpoints = Checkpoints(
-        leg.store,
-        f"{training.FOLDER}/checkpoints",
-        leg.record.number,
-        leg.check_fence,
-        leg.now,
-    )
+    checkpoints = leg.checkpoints(f"{training.FOLDER}/checkpoints")
     dev_loss = {int(step): loss for step, loss in history}
-    steps = sorted(checkpoints.steps(), key=lambda s: (dev_loss.get(s, float("inf")), -s))
+    steps = sorted(checkpoints.everywhere(), key=lambda s: (dev_loss.get(s, float("inf")), -s))
     for step in steps:
         try:
-            checkpoints.fetch(step, _best_folder(leg, ranks))
+            checkpoints.fetch_anywhere(step, _best_folder(leg, ranks))
             return step
         except DamagedError as error:
             log.warning("%s; the next best checkpoint is evaluated instead", error)
