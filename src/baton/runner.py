@@ -293,6 +293,9 @@ class TaskRunner:
             reason,
         )
         if self.mirror is not None and self.uploader is not None and not self.uploader.fenced:
+            # Nothing may say afterwards that this leg is at work.
+            leg.record = record
+            self.uploader.close()
             mirror = self.mirror
             within(_LAST_SECONDS, lambda: mirror.close_leg(record))
 

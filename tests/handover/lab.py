@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import signal
@@ -14,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from zygote import LEG_SECONDS, Leg, Zygote
+
+from baton.config.home import scratch_folder
 
 HERE = Path(__file__).parent
 REPOSITORY = HERE.parents[1]
@@ -42,11 +45,13 @@ _MEASURED = ("training", "generation", "environment")
 
 @dataclass(frozen=True)
 class Task:
-    """One task of a frozen plan in a store."""
+    """One task of a frozen plan in a store; of a remote one, in one machine's copy of it."""
 
     store: Path
     plan: Path
     name: str
+    url: str = ""
+    machine: Path | None = None
 
     @property
     def folder(self) -> Path:
@@ -99,18 +104,23 @@ class Lab:
         *,
         name: str = "",
         store: Path | None = None,
+        url: str = "",
     ) -> Task:
-        """A task of a fresh store. `settings` are `--set` words over `TINY`."""
+        """A task of a fresh store, remote with `url`. `settings` are `--set` words over `TINY`."""
         key = tuple(sorted({**TINY, **(settings or {})}.items()))
         if key not in self._plans:
             self._plans[key] = self._freeze(dict(key))
         frozen = self._plans[key]
         plan = json.loads(frozen.read_bytes())
-        store = store or Path(tempfile.mkdtemp(dir=self.folder, prefix="store-"))
+        machine = Path(tempfile.mkdtemp(dir=self.folder, prefix="store-"))
+        if url:
+            store = scratch_folder(url, {**os.environ, "BATON_SCRATCH": str(machine)})
+        store = store or machine
         target = store / plan["experiment"] / plan["digest"] / "plan.json"
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(frozen, target)
-        return Task(store, target, name or plan["tasks"][0]["name"])
+        task = Task(store, target, name or plan["tasks"][0]["name"])
+        return replace(task, url=url, machine=machine) if url else task
 
     def reference(self, task: Task) -> Task:
         """The same task, run without interruption in a store of its own; run once."""
@@ -138,9 +148,9 @@ class Lab:
         """Start a leg; its log is a file of its own, beside the store."""
         log = log or Path(tempfile.mkdtemp(dir=self.folder, prefix="leg-")) / "log.txt"
         return self.zygote.start(
-            ["run", task.plan, "--task", task.name, "--store", task.store, *options],
+            ["run", task.plan, "--task", task.name, "--store", task.url or task.store, *options],
             log=log,
-            env={"BATON_SUBMISSION": "lab", **(env or {})},
+            env={"BATON_SUBMISSION": "lab", "BATON_SCRATCH": str(task.machine), **(env or {})},
             cwd=cwd,
             hook=(FAULTS, hook[0], hook[1]) if hook else None,
         )

@@ -15,6 +15,7 @@ from baton.cli.collect import collect
 from baton.cli.doctor import doctor
 from baton.cli.experiment import check, freeze, plan
 from baton.cli.run import run, verify_resume
+from baton.cli.store import store
 from baton.cli.submit import submit
 from baton.cli.watch import cancel, logs, status
 from baton.errors import BatonError, ConfigError, ExitStatus
@@ -65,5 +66,6 @@ for _command in (
     collect,
     verify_resume,
     doctor,
+    store,
 ):
     cli.add_command(_command)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from urllib.parse import urlsplit
 
 from baton.config.home import scratch_folder
 from baton.errors import ConfigError
@@ -32,7 +31,9 @@ def is_remote(url: str) -> bool:
 
 def open_remote(url: str) -> Remote:
     """The store behind a network that `url` names; only now its library is imported."""
-    kind = urlsplit(url).scheme
+    kind, _, rest = url.partition("://")
+    if not rest:
+        raise ConfigError(f"store {url!r}: no place is named; name {_KINDS}")
     if kind == "s3":
         from baton.store.s3 import S3Store
 

@@ -34,6 +34,7 @@ _PROBE = f"{_HIDDEN}conditional-writes"
 # S3 takes at most 10,000 parts.
 _MAX_PARTS = 9_000
 _BODY_ATTEMPTS = 5
+_STALE_SECONDS = 86_400.0
 _SHA256, _TOKEN = "sha256", "write"
 
 
@@ -166,12 +167,10 @@ class S3Store:
             if file.size > PART_BYTES:
                 self._fetch(file)
 
-    def sweep(self, *, older_than_seconds: float) -> list[str]:
-        """End multipart uploads that nobody finished; returns their names."""
-        return [
-            key.removeprefix(self._prefix)
-            for key in self._bucket.abort_uploads(self._prefix, older_than_seconds)
-        ]
+    def sweep_uploads(self) -> list[str]:
+        """End multipart uploads that nobody has finished for a day; returns their names."""
+        ended = self._bucket.abort_uploads(self._prefix, _STALE_SECONDS)
+        return [key.removeprefix(self._prefix) for key in ended]
 
     def _fetch(self, file: Wanted) -> None:
         key = self._key(file.name)

@@ -22,6 +22,7 @@ _FIRST_WAIT_SECONDS, _LONGEST_WAIT_SECONDS = 1.0, 60.0
 _PATIENCE_SECONDS = 600.0
 # Left of the grace for writing the leg's record and ending the process.
 _RESERVE_SECONDS = 1.0
+_END_SECONDS = 2.0
 
 
 @dataclass(kw_only=True)
@@ -98,7 +99,7 @@ class Uploader:
         self._stop.set()
         self._wake.set()
         for thread in self._threads:
-            thread.join(timeout=0.5)
+            thread.join(timeout=_END_SECONDS)
 
     # --- the thread that sends ----------------------------------------------------------
 
