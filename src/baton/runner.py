@@ -20,6 +20,7 @@ from baton.record import LegRecord, LegState, Plan, TaskPlan, dump_json, replace
 from baton.stage import PROGRESS_EVERY_SECONDS, Alone, Leg, Outcome, Peers, Stage
 from baton.store.local import LocalStore
 from baton.store.mirror import CANCELLED, Mirror, position_of
+from baton.store.publish import EVAL_RECORD, publish
 from baton.store.upload import Uploader, within
 
 log = logging.getLogger(__name__)
@@ -58,6 +59,7 @@ class TaskRunner:
     on_progress: Callable[[Mapping[str, Any]], None] | None = None
     now: Callable[[], str] = utc_now
     uploader: Uploader | None = None
+    _card: str = ""
 
     @property
     def name(self) -> str:
@@ -214,12 +216,27 @@ class TaskRunner:
                 return outcome
             if leg.is_first:
                 leg.check_fence()
+                if stage is stages[-1]:
+                    self._prepare_publication(leg)
                 marker = {"stage": stage.name, "leg": leg.record.number, "finished": self.now()}
                 self.store.write(done_marker(stage.name), dump_json(marker))
             leg.log("stage finished")
             if leg.peers.agree(self.stop.is_set)[0] and stage is not stages[-1]:
                 return Outcome.HANDED_OVER
         return Outcome.FINISHED
+
+    def _prepare_publication(self, leg: Leg) -> None:
+        """Where people load models from the store, lay out the final weights with their card.
+
+        They travel as every other file does, before the marker of the last stage.
+        """
+        if self.mirror is None or not self.mirror.version.publishes:
+            return
+        if not self.store_has(EVAL_RECORD):
+            return
+        publication = publish(leg.store, self.mirror.remote.url)
+        if publication is not None:
+            self._card = publication
 
     def _run_stage(self, leg: Leg, stage: Stage) -> Outcome:
         if stage.all_peers:
@@ -243,6 +260,9 @@ class TaskRunner:
                 self._close(legs, leg, "failed", str(error), error, missing)
                 raise error
             self._close(legs, leg, "finished", "")
+            if self.mirror is not None and leg.is_first:
+                remote, card = self.mirror.version, self._card
+                within(_LAST_SECONDS, lambda: remote.task_finished(card))
             return ExitStatus.FINISHED
         if self.store_has(CANCELLED):
             self._close(legs, leg, "cancelled", "cancelled by a person")

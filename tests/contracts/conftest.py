@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,6 +11,9 @@ import pytest
 
 # With --import-mode=importlib the tests' services are not on the path.
 sys.path.insert(0, str(Path(__file__).parents[1] / "services"))
+
+# Read when huggingface_hub is imported; there is no Xet server for tests.
+os.environ["HF_HUB_DISABLE_XET"] = "1"
 
 from minihub import MiniHub
 from s3 import S3Server, s3_server

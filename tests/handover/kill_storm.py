@@ -387,7 +387,11 @@ def storm(
     """Kill until `kills` have hit; every task that was begun is taken to its end."""
     tally = Tally(wanted=kills)
     folder = Path(tempfile.mkdtemp(prefix="kill-storm-"))
-    own = None if zygote is not None else Zygote(environment={"HF_HUB_OFFLINE": "0"})
+    own = (
+        None
+        if zygote is not None
+        else Zygote(environment={"HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"})
+    )
     try:
         lab = Lab(zygote or own, folder)  # type: ignore[arg-type]
         tasks = {name: lab.task(SETTINGS, name=name) for name in names}

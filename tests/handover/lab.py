@@ -150,7 +150,7 @@ class Lab:
         return self.zygote.start(
             ["run", task.plan, "--task", task.name, "--store", task.url or task.store, *options],
             log=log,
-            env={"BATON_SUBMISSION": "lab", "BATON_SCRATCH": str(task.machine), **(env or {})},
+            env={"BATON_SUBMISSION": "lab", **_surroundings(task), **(env or {})},
             cwd=cwd,
             hook=(FAULTS, hook[0], hook[1]) if hook else None,
         )
@@ -211,6 +211,14 @@ class Lab:
         leg = self.zygote.start(["plan", EXPERIMENT, "--json", *words], log=folder / "plan.json")
         assert leg.wait() == 0, leg.text
         return folder / "plan.json"
+
+
+def _surroundings(task: Task) -> dict[str, str]:
+    """Where a remote task's machine and server are; legs are forked from an older process."""
+    if not task.url:
+        return {}
+    named = {k: v for k, v in os.environ.items() if k.startswith(("AWS_", "HF_", "BATON_HUB_"))}
+    return {**named, "BATON_SCRATCH": str(task.machine)}
 
 
 def wait_for(leg: Leg, pattern: str, timeout: float = LEG_SECONDS) -> re.Match[str]:

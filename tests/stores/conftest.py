@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +12,9 @@ import pytest
 # With --import-mode=importlib the tests' own folders are not on the path.
 sys.path.insert(0, str(Path(__file__).parents[1] / "handover"))
 
+# Read when huggingface_hub is imported; there is no Xet server for tests.
+os.environ["HF_HUB_DISABLE_XET"] = "1"
+
 from far import KINDS, Far, far_store
 from lab import Lab
 from zygote import Zygote
@@ -19,7 +23,7 @@ from zygote import Zygote
 @pytest.fixture(scope="session")
 def zygote() -> Iterator[Zygote]:
     # Read when huggingface_hub is imported: offline, it talks to nobody.
-    with Zygote(environment={"HF_HUB_OFFLINE": "0"}) as started:
+    with Zygote(environment={"HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}) as started:
         yield started
 
 

@@ -87,7 +87,8 @@ class Batch:
         writes: files and small objects that replace what is there.
         lease: the object that says who owns the task, with its new bytes. If somebody else has
             replaced it since this process wrote it, that is a `FencedError`.
-        check: called right before the marker; what it raises stops the batch.
+        check: called before anything is replaced and before the marker; what it raises stops
+            the batch.
         marker: name and bytes of an exclusive write (`NameTaken`).
         last: as `writes`, for what promises that everything else is there.
         urgent: the process is about to end; do not save requests up.
@@ -127,11 +128,13 @@ class Remote(Store, Protocol):
 
     Attributes:
         shares_content: the store itself keeps equal files once, whatever their names.
+        publishes: people load models from here, so final weights get a folder and a card.
         heartbeat_seconds: how often a leg at work can afford to say so.
         lost_after_seconds: a leg that has said nothing for so long counts as lost.
     """
 
     shares_content: bool
+    publishes: bool
     heartbeat_seconds: float
     lost_after_seconds: float
 
@@ -159,6 +162,10 @@ class Remote(Store, Protocol):
             NameMissing: a name is not there.
             DamagedError: the bytes that are there are not those that were promised.
         """
+        ...
+
+    def task_finished(self, card: str) -> None:
+        """Told once a task is finished and stored; `card` is empty or its model card."""
         ...
 
     def wait_seconds(self) -> float:

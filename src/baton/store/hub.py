@@ -47,6 +47,7 @@ from baton.errors import (
     StoreRefused,
 )
 from baton.store.base import Batch, Listed, Wanted, check_name
+from baton.store.card import CARD, is_ours
 from baton.store.commits import CommitBudget
 from baton.store.parallel import all_of
 from baton.store.partial import PART_BYTES, fetch_in_parts
@@ -61,6 +62,8 @@ _HIDDEN = (".gitattributes", _LEDGER)
 _ATTEMPTS = 6
 _LONGEST_WAIT_SECONDS = 60.0
 _MANY_WRITERS = 30
+# huggingface_hub 1 carries requests by httpx, 2 by httpx2.
+_NETWORK_MODULES = ("httpx", "httpx2", "httpcore", "httpcore2")
 
 Operation = CommitOperationAdd | CommitOperationDelete
 
@@ -74,6 +77,7 @@ class HubStore:
     """
 
     shares_content = True
+    publishes = True
     # A commit each: five minutes of twelve an hour.
     heartbeat_seconds = 300.0
     lost_after_seconds = 900.0
@@ -229,8 +233,18 @@ class HubStore:
 
         all_of(bring, wanted)
 
-    def squash(self) -> None:
-        """Make one commit of the history, if the URL asked for it."""
+    def task_finished(self, card: str) -> None:
+        """Show the card of the newest finished task at the top; squash the history if asked to.
+
+        A README that a person wrote stays.
+        """
+        files = self.repository.refresh()
+        theirs = CARD in files and not is_ours(
+            self.repository.read(files[CARD], CARD).decode(errors="replace")
+        )
+        if card and not theirs:
+            add = CommitOperationAdd(CARD, card.encode())
+            self.repository.commit("model card", lambda _: [add], urgent=True)
         if self.repository.is_squashed:
             self.repository.squash()
 
@@ -382,11 +396,11 @@ class Repository:
             self.api.create_commit(
                 **self._place,
                 operations=[*operations, ledger],
-                commit_message=title,
+                commit_message=title or "baton",
                 commit_description=token,
                 parent_commit=self.head,
             )
-        # huggingface_hub lets its HTTP library's errors through; which one changed with 1.0.
+        # huggingface_hub lets the errors of its HTTP library through.
         except Exception as error:
             if not _is_of_network(error):
                 raise
@@ -526,9 +540,11 @@ def _is_conflict(error: Exception) -> bool:
 
 def _is_of_network(error: Exception) -> bool:
     """Is this an answer of the server, or of whatever carries requests to it?"""
-    if isinstance(error, HfHubHTTPError | OfflineModeIsEnabled | LocalTokenNotFoundError):
+    # hf_xet reports trouble on the way as Python's own ConnectionError.
+    known = (HfHubHTTPError, OfflineModeIsEnabled, LocalTokenNotFoundError, ConnectionError)
+    if isinstance(error, known):
         return True
-    return type(error).__module__.partition(".")[0] in ("httpx", "httpcore", "requests", "urllib3")
+    return type(error).__module__.partition(".")[0] in _NETWORK_MODULES
 
 
 def _retry_after(error: Exception) -> float | None:

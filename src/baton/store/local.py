@@ -27,6 +27,7 @@ class LocalStore:
 
     # A file is a file: every name has its own.
     shares_content = True
+    publishes = False
     heartbeat_seconds = 10.0
     lost_after_seconds = 90.0
 
@@ -109,8 +110,10 @@ class LocalStore:
         for name, source in batch.blobs.items():
             with contextlib.suppress(NameTaken):
                 self.upload(source, name)
-        leases = dict([batch.lease] if batch.lease else [])
-        for name, data in {**batch.writes, **leases}.items():
+        batch.check()
+        if batch.lease is not None:
+            self.write(*batch.lease)
+        for name, data in batch.writes.items():
             self._put(name, data)
         batch.check()
         if batch.marker is not None:
@@ -123,6 +126,9 @@ class LocalStore:
     def fetch(self, wanted: Sequence[Wanted]) -> None:
         for file in wanted:
             self.download(file.name, file.target)
+
+    def task_finished(self, card: str) -> None:
+        """Nothing to do: nobody loads models from here."""
 
     def wait_seconds(self) -> float:
         return 0.0

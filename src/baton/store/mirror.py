@@ -79,9 +79,10 @@ class Changes:
     def is_empty(self) -> bool:
         return not (self.changed or self.gone)
 
-    def without_markers(self) -> Changes:
-        """All but the markers of finished stages."""
-        changed = {n: known for n, known in self.changed.items() if not _DONE.fullmatch(n)}
+    def without_markers(self, stages: Collection[str]) -> Changes:
+        """All but the markers of these stages."""
+        held_back = {f"{stage}/done.json" for stage in stages}
+        changed = {n: known for n, known in self.changed.items() if n not in held_back}
         return Changes(changed, self.gone)
 
     def finished_stages(self) -> list[str]:

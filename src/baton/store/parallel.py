@@ -23,7 +23,8 @@ def in_parallel(
     `concurrent.futures`, the threads are daemons: a process whose grace is over must be able
     to end while a request hangs.
     """
-    source, lock, is_over = enumerate(items), threading.Lock(), threading.Event()
+    source, lock = enumerate(items), threading.Lock()
+    is_over, is_failed = threading.Event(), threading.Event()
     room = threading.Semaphore(2 * workers)
     done: queue.SimpleQueue[tuple[int, R | None, BaseException | None]] = queue.SimpleQueue()
 
@@ -33,7 +34,7 @@ def in_parallel(
             if is_over.is_set():
                 return
             with lock:
-                number, item = next(source, (-1, None))
+                number, item = (-1, None) if is_failed.is_set() else next(source, (-1, None))
             if number < 0:
                 done.put((-1, None, None))
                 return
@@ -46,22 +47,26 @@ def in_parallel(
     threads = [threading.Thread(target=run, daemon=True) for _ in range(workers)]
     for thread in threads:
         thread.start()
-    waiting: dict[int, R] = {}
+    waiting: dict[int, tuple[R | None, BaseException | None]] = {}
     at_work, following = len(threads), 0
     try:
         while at_work or following in waiting:
             if following in waiting:
-                yield waiting.pop(following)
+                result, error = waiting.pop(following)
+                if error is not None:
+                    raise error
+                yield result  # type: ignore[misc]
                 following += 1
                 room.release()
                 continue
             number, result, error = done.get()
-            if error is not None:
-                raise error
             if number < 0:
                 at_work -= 1
-            else:
-                waiting[number] = result  # type: ignore[assignment]
+                continue
+            waiting[number] = (result, error)
+            if error is not None:
+                # Nothing new begins; what comes before it in order is still delivered.
+                is_failed.set()
     finally:
         is_over.set()
         for _ in threads:

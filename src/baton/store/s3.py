@@ -46,6 +46,7 @@ class S3Store:
     """
 
     shares_content = False
+    publishes = False
     heartbeat_seconds = 15.0
     lost_after_seconds = 90.0
 
@@ -78,6 +79,9 @@ class S3Store:
 
     def below(self, prefix: str) -> Self:
         return type(self)(self._bucket, self._prefix + check_name(prefix))
+
+    def task_finished(self, card: str) -> None:
+        """Nothing to do: nobody loads models from here."""
 
     def wait_seconds(self) -> float:
         return 0.0
@@ -147,9 +151,11 @@ class S3Store:
         # One file at a time: the parts of each are sent in parallel.
         for blob in batch.blobs.items():
             send_blob(blob)
-        all_of(send, batch.writes.items())
+        # The lease first: a leg that has lost it must replace nothing.
         if batch.lease is not None:
             self._renew(*batch.lease)
+        batch.check()
+        all_of(send, batch.writes.items())
         batch.check()
         if batch.marker is not None:
             self.write(*batch.marker, exclusive=True)

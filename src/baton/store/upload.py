@@ -12,7 +12,7 @@ from baton.errors import BatonError, DamagedError, FencedError, NameMissing, Nam
 from baton.record import LegRecord
 from baton.store.base import Batch
 from baton.store.checkpoint import Retention
-from baton.store.mirror import Mirror, newest_steps
+from baton.store.mirror import Changes, Mirror, newest_steps
 
 log = logging.getLogger(__name__)
 
@@ -139,15 +139,32 @@ class Uploader:
         return False
 
     def _send(self) -> None:
-        """One round: checkpoints that should be there, then files and records."""
+        """One round: checkpoints that should be there, then files and records.
+
+        What a finished stage made goes before the first checkpoint of the next one: a machine
+        that finds that checkpoint must find all it stands on.
+        """
         while (due := self._next_checkpoint()) is not None:
+            changes = self._changes()
+            if changes.finished_stages():
+                self.mirror.send(changes, self.record(), urgent=self._flush)
             self._send_checkpoint(*due)
             if self._stop.is_set():
                 return
-        changes = self.mirror.changes()
+        changes = self._changes()
         if not changes.is_empty or self._flush:
             self.mirror.send(changes, self.record(), urgent=self._flush)
             self._committed_at = self.clock()
+
+    def _changes(self) -> Changes:
+        """What to send now: not the marker of a stage whose checkpoints are not all there."""
+        changes = self.mirror.changes()
+        incomplete = []
+        for stage in changes.finished_stages():
+            here, there = self.mirror.steps(f"{stage}/checkpoints")
+            if set(here) - set(there) - self._damaged:
+                incomplete.append(stage)
+        return changes.without_markers(incomplete)
 
     def _next_checkpoint(self) -> tuple[str, int] | None:
         """The checkpoint to send next: the newest, then what is kept for ever, newest first.
@@ -183,8 +200,9 @@ class Uploader:
                     # A blob that the new checkpoint shares with a dropped one stays.
                     batch = replace(batch, deletes=[n for n in names if n not in batch.blobs])
                 # Curves and logs first, or in the same commit: they must not lag behind.
-                files = self.mirror.changes().without_markers()
-                self.mirror.send(files, self.record(), checkpoint=batch, urgent=self._flush)
+                self.mirror.send(
+                    self._changes(), self.record(), checkpoint=batch, urgent=self._flush
+                )
         except NameTaken:
             # The same step of the same plan: another leg's bytes are as good.
             log.info("step %d was stored by another leg", step)
