@@ -4,13 +4,14 @@ BIN := $(VENV)/bin
 EXP ?= medical_qa
 SITE ?= local
 N ?= 100
+STORE ?= local
 ARGS ?=
 PYTHON ?= python3
 # Where pip finds torch; for the small CPU build: TORCH_INDEX=https://download.pytorch.org/whl/cpu
 TORCH_INDEX ?=
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo check test test-fast test-slurm kill-storm submit status collect doctor format clean
+.PHONY: setup demo check test test-fast test-slurm test-stores kill-storm submit status collect doctor format clean
 
 $(STAMP): pyproject.toml images/requirements.lock
 	$(PYTHON) -m venv $(VENV)
@@ -29,17 +30,22 @@ check: setup  ## style, types, layers and shell scripts
 	git ls-files '*.sh' '*.sbatch' '.ci/run' | xargs -r $(BIN)/shellcheck
 
 test: setup check  ## everything that needs no GPU
-	$(BIN)/python -m pytest -q -n 2 --ignore tests/slurm $(ARGS)
+	$(BIN)/python -m pytest -q -n 2 --ignore tests/slurm --ignore tests/stores $(ARGS)
 
 test-fast: setup  ## the tests that take seconds
-	$(BIN)/python -m pytest -q -n 2 -m "not slow" --ignore tests/slurm $(ARGS)
+	$(BIN)/python -m pytest -q -n 2 -m "not slow" --ignore tests/slurm --ignore tests/stores $(ARGS)
 
 test-slurm: setup  ## install a real Slurm from apt, boot it, run the Slurm tests, stop it
 	bash tests/services/slurm_install.sh
 	$(BIN)/python -m pytest -q tests/slurm $(ARGS)
 
-kill-storm: setup  ## kill smoke tasks N times at random moments; compare every byte at the end
-	$(BIN)/python tests/handover/kill_storm.py --kills $(N) $(ARGS)
+test-stores: setup  ## the stores: moto and a small Hub, then a real S3 server from apt (Ceph)
+	bash tests/services/ceph_install.sh
+	$(BIN)/python -m pytest -q -n 2 tests/stores $(ARGS)
+	bash tests/services/with_ceph.sh $(BIN)/python -m pytest -q -n 2 tests/stores/test_s3.py tests/contracts/test_store_contract.py -k s3 $(ARGS)
+
+kill-storm: setup  ## kill smoke tasks N times at random moments, STORE=local, s3 or hub; compare every byte
+	$(BIN)/python tests/handover/kill_storm.py --kills $(N) --store $(STORE) $(ARGS)
 
 submit: setup  ## make submit EXP=qlora_100k SITE=local
 	$(BIN)/baton submit $(EXP) --site $(SITE) $(ARGS)

@@ -39,6 +39,11 @@ TINY = {
     "eval.generate.max_new_tokens": "4",
     "eval.bootstrap_resamples": "100",
 }
+# Files that tell of legs, machines and times; checkpoints and the eval record are looked into.
+_NOT_OF_THE_PLAN = re.compile(
+    r"(.*/)?\..*|legs/.*|log\.txt|progress\.json|cancelled\.json|files\.json|final/.*|.*/tensorboard/.*"
+    r"|.*/done\.json|.*/shards/.*|.*/checkpoints/.*|train/summary\.json|eval/eval\.json"
+)
 # Figures of an eval record that measure the machine.
 _MEASURED = ("training", "generation", "environment")
 
@@ -249,12 +254,9 @@ def products(task: Task) -> dict[str, bytes]:
 
     folder = task.folder
     record = json.loads((folder / "eval" / "eval.json").read_bytes())
-    names = [
-        *("train/metrics.jsonl", "train/dev_history.json"),
-        *("eval/predictions.jsonl", "eval/per_sample.json"),
-        *(f"data/{name}" for name in ("train.tokens", "train.index", "dev.tokens", "dev.index")),
-        *("data/test.jsonl", "data/report.json", "base/model.safetensors", "base/tokenizer.json"),
-    ]
+    every = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    names = [name for name in sorted(every) if not _NOT_OF_THE_PLAN.fullmatch(name)]
+    assert {"train/metrics.jsonl", "eval/predictions.jsonl"} <= set(names), names
     for which, step in (("last", task.steps()[-1]), ("best", record["training"]["best_step"])):
         place = task.checkpoint(step)
         files = {path.relative_to(place).as_posix() for path in place.rglob("*") if path.is_file()}
