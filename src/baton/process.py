@@ -29,6 +29,11 @@ def limit_threads(site: str) -> None:
         os.environ["OMP_NUM_THREADS"] = str(load_site(site).threads)
 
 
+def prepare_gpu_memory() -> None:
+    """Let torch grow its pieces of GPU memory: packs of many sizes would leave holes."""
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+
+
 def quiet_libraries() -> None:
     """No bar for every weight that is loaded, and none of the libraries' notes to each other."""
     # Read when transformers is imported, which is later.

@@ -226,17 +226,15 @@ class TaskRunner:
         return Outcome.FINISHED
 
     def _prepare_publication(self, leg: Leg) -> None:
-        """Where people load models from the store, lay out the final weights with their card.
+        """Where people load models from the store, put a card beside the final weights.
 
-        They travel as every other file does, before the marker of the last stage.
+        It travels as every other file does, before the marker of the last stage.
         """
         if self.mirror is None or not self.mirror.version.publishes:
             return
         if not self.store_has(EVAL_RECORD):
             return
-        publication = publish(leg.store, self.mirror.remote.url)
-        if publication is not None:
-            self._card = publication
+        self._card = publish(leg.store, self.mirror.remote.url)
 
     def _run_stage(self, leg: Leg, stage: Stage) -> Outcome:
         if stage.all_peers:

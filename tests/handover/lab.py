@@ -41,7 +41,7 @@ TINY = {
 }
 # Files that tell of legs, machines and times; checkpoints and the eval record are looked into.
 _NOT_OF_THE_PLAN = re.compile(
-    r"(.*/)?\..*|legs/.*|log\.txt|progress\.json|cancelled\.json|files\.json|final/.*|.*/tensorboard/.*"
+    r"(.*/)?\..*|legs/.*|log\.txt|progress\.json|cancelled\.json|files\.json|.*README\.md|.*/tensorboard/.*"
     r"|.*/done\.json|.*/shards/.*|.*/checkpoints/.*|train/summary\.json|eval/eval\.json"
 )
 # Figures of an eval record that measure the machine.

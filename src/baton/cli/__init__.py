@@ -12,8 +12,10 @@ import click
 
 import baton
 from baton.cli.collect import collect
+from baton.cli.data import data
 from baton.cli.doctor import doctor
 from baton.cli.experiment import check, freeze, plan
+from baton.cli.generate import generate
 from baton.cli.run import run, verify_resume
 from baton.cli.store import store
 from baton.cli.submit import submit
@@ -64,6 +66,8 @@ for _command in (
     logs,
     cancel,
     collect,
+    generate,
+    data,
     verify_resume,
     doctor,
     store,

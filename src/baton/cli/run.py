@@ -46,13 +46,14 @@ def run(
     it was handed over (run the same again), 78 when running again cannot help.
     """
     # Before any slow import: a signal may come while torch loads.
-    from baton.process import limit_threads, listen, log_to_stdout
+    from baton.process import limit_threads, listen, log_to_stdout, prepare_gpu_memory
 
     stop = listen()
     log_to_stdout()
     from baton.runner import TaskRunner, submission_id, task_store
 
     limit_threads(site)
+    prepare_gpu_memory()
     target = Target.frozen(plan_or_exp, settings, site, store)
     runner = TaskRunner(
         plan=target.plan,
@@ -82,14 +83,15 @@ def run(
 @STORE
 def verify_resume(task: str, settings: tuple[str, ...], site: str, store: str | None) -> None:
     """Train again between a task's last two checkpoints; say whether the bytes are the same."""
-    from baton.process import limit_threads, listen, quiet_libraries
+    from baton.process import limit_threads, listen, prepare_gpu_memory, quiet_libraries
     from baton.verify import verify
 
     limit_threads(site)
+    prepare_gpu_memory()
     target = Target.submitted(task, settings, site, store)
     meant = target.plan.task(target.one_task("verify-resume"))
     if (mirror := target.place.mirror(target.plan, meant.name)) is not None:
-        mirror.bring_checkpoints()
+        mirror.bring_checkpoints(last=2)
     stop = listen()
     quiet_libraries()
     logging.basicConfig(level=logging.WARNING, format="%(message)s")

@@ -89,6 +89,21 @@ def read(source: Source) -> Iterator[Row | Reject]:
                 yield Reject(number, line, error.reason, error.detail, excerpt(text))
 
 
+def read_objects(path: Path) -> Iterator[tuple[int, object]]:
+    """Line and value of every element of a JSON array, or of every line of a JSONL file.
+
+    A line that is not JSON comes as the error that decoding it ended in.
+    Raises DataError where the file is missing, empty, in another encoding or breaks off.
+    """
+    lined = {".jsonl", ".ndjson"} & {suffix.lower() for suffix in path.suffixes}
+    encoding = encodings.resolve(path, None)
+    source = describe(Source(path, "jsonl" if lined else "json", encoding, (), {}, read))
+    with encodings.open_text(path, encoding, newline="\n") as stream:
+        records = _array(path, stream) if source.format == "json" else _lines(stream)
+        for line, record, _ in records:
+            yield line, record
+
+
 def _object_values(record: object, picks: list[Pick]) -> dict[str, str]:
     if isinstance(record, json.JSONDecodeError):
         raise UnusableError("broken_row", f"not JSON: {record.msg}, character {record.colno}")

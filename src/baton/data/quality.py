@@ -52,6 +52,8 @@ class QualityReport:
     kept: int
     dropped: dict[str, int]
     """Rows by reason, most frequent first."""
+    nulls: dict[str, int]
+    """Rows without a value, by what was null."""
     lengths: dict[str, Lengths]
     """By field; empty when nothing was kept."""
     first_rows: tuple[dict[str, str], ...]
@@ -82,17 +84,20 @@ class Cleaner:
     """Strips, measures and deduplicates rows, keeping count for the report.
 
     Rejects that come in (rows the reader could not use) are counted and passed on. Memory: one
-    16-byte digest a kept row, about 100 bytes with Python's set around it.
+    16-byte digest a kept row, about 100 bytes with Python's set around it; constant with
+    `drop_duplicates=False`.
     """
 
-    def __init__(self, *, min_chars: int, max_chars: int) -> None:
+    def __init__(self, *, min_chars: int, max_chars: int, drop_duplicates: bool = True) -> None:
         if not 0 <= min_chars <= max_chars:
             raise ValueError(f"min_chars must be 0 to max_chars, got {min_chars} and {max_chars}")
         self._min_chars = min_chars
         self._max_chars = max_chars
+        self._drop_duplicates = drop_duplicates
         self._seen: set[bytes] = set()
         self._kept = 0
         self._dropped: Counter[str] = Counter()
+        self._nulls: Counter[str] = Counter()
         self._lengths: dict[str, Counter[int]] = {}
         self._first_rows: list[dict[str, str]] = []
 
@@ -102,6 +107,8 @@ class Cleaner:
             cleaned = row if isinstance(row, Reject) else self._judge(row)
             if isinstance(cleaned, Reject):
                 self._dropped[cleaned.reason] += 1
+                if cleaned.reason == "null_value":
+                    self._nulls[cleaned.detail] += 1
             else:
                 self._keep(cleaned)
             yield cleaned
@@ -114,6 +121,7 @@ class Cleaner:
             read=self._kept + self._dropped.total(),
             kept=self._kept,
             dropped=dict(sorted(self._dropped.items(), key=lambda item: (-item[1], item[0]))),
+            nulls=dict(self._nulls),
             lengths={field: _quantiles(lengths) for field, lengths in self._lengths.items()},
             first_rows=tuple(self._first_rows),
         )
@@ -131,6 +139,8 @@ class Cleaner:
                 return _reject(row, f"{field}_too_short", detail, text)
             detail = f"{size:,} characters, at most {self._max_chars:,} are allowed"
             return _reject(row, f"{field}_too_long", detail, text)
+        if not self._drop_duplicates:
+            return Row(row.number, row.line, values)
         # The length before each text keeps ("ab", "c") and ("a", "bc") apart.
         joined = "".join(f"{len(text)}:{text}" for text in values.values())
         digest = _digest(joined)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from baton.config.home import find_file
-from baton.data.config import DataConfig
+from baton.data.config import SourceConfig
 from baton.data.readers import describe
 from baton.data.rows import Reject, Row, Source
 from baton.errors import DataError
@@ -38,7 +38,7 @@ class RowSource:
             before += last
 
 
-def open_source(config: DataConfig, *, pinned: str = "") -> RowSource:
+def open_source(config: SourceConfig, *, pinned: str = "") -> RowSource:
     """Find the files of a data set and look at each; `pinned` is the Hub commit to use.
 
     Raises:
@@ -56,10 +56,10 @@ def open_source(config: DataConfig, *, pinned: str = "") -> RowSource:
     )
 
 
-def _fetch(config: DataConfig, name: str, pinned: str) -> Path:
+def _fetch(config: SourceConfig, name: str, pinned: str) -> Path:
     from huggingface_hub import hf_hub_download
 
-    assert config.hub is not None, "DataConfig gives path or hub"
+    assert config.hub is not None, "SourceConfig gives path or hub"
     try:
         return Path(
             hf_hub_download(
@@ -70,11 +70,11 @@ def _fetch(config: DataConfig, name: str, pinned: str) -> Path:
         raise DataError(_unreachable(f"{config.hub}/{name}", error)) from error
 
 
-def _export(config: DataConfig, pinned: str) -> Path:
+def _export(config: SourceConfig, pinned: str) -> Path:
     """The `train` split of a Hub data set, as one Parquet file in the data sets' cache."""
     import datasets
 
-    assert config.hub is not None, "DataConfig gives path or hub"
+    assert config.hub is not None, "SourceConfig gives path or hub"
     try:
         rows = datasets.load_dataset(
             config.hub, config.subset, split="train", revision=pinned or config.revision

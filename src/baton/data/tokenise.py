@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import json
+import mmap
 import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 from jinja2.exceptions import TemplateError
 from numpy.typing import NDArray
 
-from baton.errors import DataError
+from baton.errors import DamagedError, DataError
 
 Array = NDArray[Any]
+
+# Where a sample ends, and how long its prompt is: two int64.
+_INDEX_BYTES = 16
 
 # Stands where the answer will stand while a template is rendered.
 _PLACE = "<baton:answer>"
@@ -27,16 +31,22 @@ class TokenWriter:
     """Writes `NAME.tokens` (token ids end to end) and `NAME.index` (offset, prompt length).
 
     Appending streams, so memory does not grow with the rows. The files get their names when
-    all is written: a kill leaves none.
+    all is written: a kill leaves none. What was brought to disk by `sync` can be gone on from:
+    `samples` and `tokens` say how much of it to keep.
+
+    Raises:
+        DamagedError: there is less to keep.
     """
 
-    def __init__(self, folder: Path, name: str, *, vocab_size: int) -> None:
+    def __init__(
+        self, folder: Path, name: str, *, vocab_size: int, samples: int = 0, tokens: int = 0
+    ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self._folder, self._name = folder, name
-        self._dtype = np.uint16 if vocab_size <= 2**16 else np.uint32
-        self._tokens = open(folder / f".{name}.tokens", "wb")  # noqa: SIM115
-        self._index = open(folder / f".{name}.index", "wb")  # noqa: SIM115
-        self._end = 0
+        self._dtype = np.dtype(np.uint16 if vocab_size <= 2**16 else np.uint32)
+        self._tokens = _opened(folder / f".{name}.tokens", keep=tokens * self._dtype.itemsize)
+        self._index = _opened(folder / f".{name}.index", keep=samples * _INDEX_BYTES)
+        self._end = tokens
 
     def append(self, tokens: list[int], prompt: int) -> None:
         """Add a sample whose first `prompt` tokens carry no loss."""
@@ -44,19 +54,47 @@ class TokenWriter:
         self._end += len(tokens)
         np.asarray((self._end, prompt), dtype=np.int64).tofile(self._index)
 
-    def finish(self) -> None:
-        """Bring everything to disk under its name."""
-        meta = {"dtype": np.dtype(self._dtype).name, "tokens": self._end}
-        beside = self._folder / f".{self._name}.json"
-        beside.write_text(json.dumps(meta) + "\n")
+    def extend(self, tokens: Array, lengths: Array, prompts: Array) -> None:
+        """Add many samples at once: their tokens end to end, and a length and a prompt each."""
+        tokens.astype(self._dtype).tofile(self._tokens)
+        ends = self._end + np.cumsum(lengths, dtype=np.int64)
+        np.stack((ends, prompts.astype(np.int64)), axis=1).tofile(self._index)
+        self._end += int(lengths.sum())
+
+    def sync(self) -> None:
+        """Bring what is written so far to disk."""
         for file in (self._tokens, self._index):
             file.flush()
             os.fsync(file.fileno())
-            file.close()
+
+    def close(self) -> None:
+        """Leave the files as they are, to be gone on with."""
+        self._tokens.close()
+        self._index.close()
+
+    def finish(self) -> None:
+        """Bring everything to disk under its name."""
+        meta = {"dtype": self._dtype.name, "tokens": self._end}
+        beside = self._folder / f".{self._name}.json"
+        beside.write_text(json.dumps(meta) + "\n")
+        self.sync()
+        self.close()
         for kind in ("tokens", "index", "json"):
             os.replace(
                 self._folder / f".{self._name}.{kind}", self._folder / f"{self._name}.{kind}"
             )
+
+
+def _opened(path: Path, *, keep: int) -> IO[bytes]:
+    """A file to append to, cut to its first `keep` bytes."""
+    if not keep:
+        return open(path, "wb")
+    if path.stat().st_size < keep:
+        raise DamagedError(f"{path}: {path.stat().st_size:,} bytes, expected at least {keep:,}")
+    file = open(path, "r+b")  # noqa: SIM115  (the writer closes it)
+    file.truncate(keep)
+    file.seek(keep)
+    return file
 
 
 class TokenFile:
@@ -71,8 +109,9 @@ class TokenFile:
                 f"{path}: {path.stat().st_size:,} bytes, expected {expected:,}; remove the"
                 " task's data folder to have it made again"
             )
-        self._tokens = _map(path, meta["dtype"])
-        index = _map(folder / f"{name}.index", "int64")
+        self._maps: list[mmap.mmap] = []
+        self._tokens = self._mapped(path, meta["dtype"])
+        index = self._mapped(folder / f"{name}.index", "int64")
         if len(index) % 2 or (index[-2] if len(index) else 0) != meta["tokens"]:
             raise DataError(
                 f"{folder / f'{name}.index'}: does not end where the tokens do; remove the task's"
@@ -84,9 +123,8 @@ class TokenFile:
         return len(self._index)
 
     def lengths(self, indices: NDArray[np.int64]) -> NDArray[np.int64]:
-        ends = np.asarray(self._index[indices, 0])
-        starts = np.where(indices > 0, self._index[indices - 1, 0], 0)
-        return np.asarray(ends - starts)
+        starts, ends = self._spans(indices)
+        return ends - starts
 
     def labelled(self, indices: NDArray[np.int64]) -> NDArray[np.int64]:
         """Tokens that are predicted: all after the prompt (the first token never is)."""
@@ -98,12 +136,32 @@ class TokenFile:
         end, prompt = (int(value) for value in self._index[index])
         return self._tokens[start:end].astype(np.int64), prompt
 
+    def will_need(self, indices: NDArray[np.int64]) -> None:
+        """Have the disk start reading samples, without waiting for it."""
+        if not self._maps:
+            return
+        width, page = self._tokens.itemsize, mmap.PAGESIZE
+        for start, end in zip(*self._spans(indices), strict=True):
+            first = int(start) * width // page * page
+            self._maps[0].madvise(mmap.MADV_WILLNEED, first, int(end) * width - first)
 
-def _map(path: Path, dtype: str) -> Array:
-    # An empty file cannot be mapped.
-    if path.stat().st_size == 0:
-        return np.empty(0, dtype=dtype)
-    return np.memmap(path, dtype=dtype, mode="r")
+    def release(self) -> None:
+        """Give back the memory of all that was read; what is asked for again is read again."""
+        for mapping in self._maps:
+            mapping.madvise(mmap.MADV_DONTNEED)
+
+    def _spans(self, indices: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        ends = np.asarray(self._index[indices, 0])
+        starts = np.where(indices > 0, self._index[indices - 1, 0], 0)
+        return starts, ends
+
+    def _mapped(self, path: Path, dtype: str) -> Array:
+        # An empty file cannot be mapped.
+        if path.stat().st_size == 0:
+            return np.empty(0, dtype=dtype)
+        with open(path, "rb") as file:
+            self._maps.append(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+        return np.frombuffer(self._maps[-1], dtype=dtype)
 
 
 @dataclass(frozen=True)

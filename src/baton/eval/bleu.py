@@ -1,6 +1,7 @@
-"""BLEU-4 on Chinese text in three conventions, which differ by a factor of six on one pair.
+"""BLEU-4 on Chinese text in four conventions, which differ by a factor of six on one pair.
 
 `zh_statistics` + `corpus_bleu`  sacrebleu, tokenize="zh", one score for the whole corpus, 0..100
+`char_statistics`                the same with every character a token
 `nltk_method1`                   mean over samples of NLTK sentence BLEU, smoothing method 1, 0..1
 `nltk_method3`                   the same with method 3, x 100, 0..100: LLaMA-Factory, ms-swift
 
@@ -30,8 +31,19 @@ _TOTALS = slice(6, 10)
 
 def zh_statistics(predictions: Sequence[str], references: Sequence[str]) -> Statistics:
     """sacrebleu's sufficient statistics of each pair, shape (n, 10), with tokenize="zh"."""
+    return _statistics(predictions, references, tokenize="zh")
+
+
+def char_statistics(predictions: Sequence[str], references: Sequence[str]) -> Statistics:
+    """The same with every character a token, Latin letters included: shape (n, 10)."""
+    return _statistics(predictions, references, tokenize="char")
+
+
+def _statistics(
+    predictions: Sequence[str], references: Sequence[str], *, tokenize: str
+) -> Statistics:
     # effective_order touches the sentence score alone (unused here) and silences a warning.
-    metric = _sacrebleu().BLEU(tokenize="zh", effective_order=True)
+    metric = _sacrebleu().BLEU(tokenize=tokenize, effective_order=True)
     rows = np.zeros((len(predictions), _COLUMNS), dtype=np.int64)
     for row, prediction, reference in zip(rows, predictions, references, strict=True):
         pair = metric.sentence_score(prediction, [reference])
@@ -98,9 +110,9 @@ def bleu_of_sums(sums: Floats) -> Floats:
 
 
 @functools.cache
-def signature() -> str:
+def signature(tokenize: str = "zh") -> str:
     """sacrebleu's own signature of this score: references, case, tokenizer, smoothing, version."""
-    metric = _sacrebleu().BLEU(tokenize="zh")
+    metric = _sacrebleu().BLEU(tokenize=tokenize)
     metric.corpus_score(["无"], [["无"]])  # the number of references is known only afterwards
     return str(metric.get_signature())
 

@@ -1,15 +1,20 @@
-"""Answers of a causal model to prompts, a batch at a time."""
+"""Answers of a model to prompts, a batch at a time."""
 
 from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
+from transformers import (
+    GenerationConfig,
+    StoppingCriteria,
+    StoppingCriteriaList,
+    TextStreamer,
+)
 
 from baton.eval.config import GenerateConfig
 
@@ -32,13 +37,14 @@ def generate(
     ends: Sequence[int] = (),
     seed: int = 0,
     should_stop: Callable[[], bool] = lambda: False,
+    on_text: Callable[[str], None] | None = None,
 ) -> Answers | None:
     """Answer `prompts` as one batch, padded on the left.
 
     The model's own generation defaults (sampling, penalties) are not used: what decides the
     result is in `config`. `ends` are ids that end an answer besides the model's and the
     tokenizer's own. `seed` varies the draws between batches and is added to the one in
-    `config.sampling`.
+    `config.sampling`. `on_text` hears the answer to a single prompt piece by piece.
 
     Returns:
         The answers without special tokens, or None when `should_stop` said so half-way.
@@ -50,18 +56,78 @@ def generate(
         padding_side="left",
         return_tensors="pt",
     ).to(model.device)
+    return _run(
+        model,
+        tokenizer,
+        encoded,
+        config,
+        skip=encoded["input_ids"].shape[1],
+        ends=ends,
+        seed=seed,
+        should_stop=should_stop,
+        on_text=on_text,
+    )
+
+
+def generate_responses(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[Sequence[int]],
+    config: GenerateConfig,
+    *,
+    seed: int = 0,
+    should_stop: Callable[[], bool] = lambda: False,
+    on_text: Callable[[str], None] | None = None,
+) -> Answers | None:
+    """`generate` for an encoder-decoder model; `prompts` are tokens as its encoder takes them."""
+    width = max(map(len, prompts))
+    ids = torch.full((len(prompts), width), int(tokenizer.pad_token_id))
+    mask = torch.zeros_like(ids)
+    for row, prompt in enumerate(prompts):
+        ids[row, : len(prompt)] = torch.tensor(prompt)
+        mask[row, : len(prompt)] = 1
+    return _run(
+        model,
+        tokenizer,
+        {"input_ids": ids.to(model.device), "attention_mask": mask.to(model.device)},
+        config,
+        skip=1,
+        start=int(model.config.decoder_start_token_id),
+        seed=seed,
+        should_stop=should_stop,
+        on_text=on_text,
+    )
+
+
+def _run(
+    model: Any,
+    tokenizer: Any,
+    encoded: Mapping[str, torch.Tensor],
+    config: GenerateConfig,
+    *,
+    skip: int,
+    seed: int,
+    should_stop: Callable[[], bool],
+    on_text: Callable[[str], None] | None,
+    start: int | None = None,
+    ends: Sequence[int] = (),
+) -> Answers | None:
+    """Generate and decode; the first `skip` tokens of each row are not part of the answer."""
     stop = _Stop(should_stop)
     if config.sampling is not None:
         torch.manual_seed(config.sampling.seed * 1_000_003 + seed)
     ends = sorted({*end_tokens(model, tokenizer), *ends})
+    decoding = _decoding(config, ends, tokenizer)
+    decoding.decoder_start_token_id = start
     started = time.monotonic()
     with torch.inference_mode(), _own_defaults_hidden(model):
         output = model.generate(
             **encoded,
-            generation_config=_decoding(config, ends, tokenizer),
+            generation_config=decoding,
             stopping_criteria=StoppingCriteriaList([stop]),
+            streamer=None if on_text is None else _Teller(tokenizer, on_text),
         )
-    answers = output[:, encoded["input_ids"].shape[1] :].tolist()  # waits for the device
+    answers = output[:, skip:].tolist()  # waits for the device
     seconds = time.monotonic() - started
     if stop.stopped:
         return None
@@ -125,3 +191,14 @@ class _Stop(StoppingCriteria):  # type: ignore[misc]
     def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
         self.stopped = self.stopped or self._should_stop()
         return torch.full((len(input_ids),), self.stopped, device=input_ids.device)
+
+
+class _Teller(TextStreamer):  # type: ignore[misc]
+    """Passes on text as soon as it is sure what it will be."""
+
+    def __init__(self, tokenizer: Any, on_text: Callable[[str], None]) -> None:
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self._on_text = on_text
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        self._on_text(text)

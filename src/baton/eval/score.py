@@ -169,6 +169,28 @@ def score_pairs(
     )
 
 
+def char_bleu(
+    predictions: Sequence[str],
+    references: Sequence[str],
+    *,
+    seed: int,
+    resamples: int = RESAMPLES,
+    level: float = LEVEL,
+) -> Score:
+    """Corpus BLEU-4 over characters with the standard brevity penalty, 0..100."""
+    statistics = bleu.char_statistics(predictions, references)
+    kind = _Kind(
+        column="bleu_4_char",
+        name="bleu4",
+        tokenizer="char",
+        library="sacrebleu",
+        convention=f"corpus BLEU; {bleu.signature('char')}",
+        scale=100,
+    )
+    interval = bleu.corpus_bleu_interval(statistics, seed=seed, resamples=resamples, level=level)
+    return _labelled(kind, interval, n=len(predictions))
+
+
 def _score_pair(prediction: str, reference: str) -> list[float]:
     """The numbers of one row, in the order of `_MEANS`."""
     # jieba is the expensive step: each text is cut once, for four conventions.

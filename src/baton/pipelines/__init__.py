@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from baton.eval.answer import Answerer, Trained
 from baton.stage import Leg, Outcome, Stage
 
 
@@ -18,6 +19,7 @@ class Pipeline:
         stage_names: in order; `load_stages` returns the stages of these names.
         load_retrain: returns what trains a leg's newest checkpoint on to a given step, for
             `verify-resume`.
+        load_answer: returns what makes a trained task answer, for `generate`.
     """
 
     name: str
@@ -25,6 +27,13 @@ class Pipeline:
     stage_names: tuple[str, ...]
     load_stages: Callable[[], tuple[Stage, ...]]
     load_retrain: Callable[[], Callable[[Leg, int], Outcome]]
+    load_answer: Callable[[], Callable[[Trained], Answerer]]
+
+
+def _load_tuning() -> Callable[[Leg, int], Outcome]:
+    from baton.tuning.training import retrain
+
+    return retrain
 
 
 def _medical_qa() -> Pipeline:
@@ -35,18 +44,51 @@ def _medical_qa() -> Pipeline:
 
         return STAGES
 
-    def retrain() -> Callable[[Leg, int], Outcome]:
-        from baton.pipelines.medical_qa.training import build_loop
+    def answer() -> Callable[[Trained], Answerer]:
+        from baton.pipelines.medical_qa.answer import MedicalQAAnswerer
 
-        return lambda leg, step: build_loop(leg, stop_at=step)[0].run()
+        return MedicalQAAnswerer
 
     return Pipeline(
         name="medical_qa",
         config=MedicalQA,
         stage_names=("data", "train", "eval"),
         load_stages=load,
-        load_retrain=retrain,
+        load_retrain=_load_tuning,
+        load_answer=answer,
     )
 
 
-PIPELINES: dict[str, Callable[[], Pipeline]] = {"medical_qa": _medical_qa}
+def _t5_pretrain() -> Pipeline:
+    from baton.pipelines.t5_pretrain.config import T5Pretrain
+
+    def load() -> tuple[Stage, ...]:
+        from baton.pipelines.t5_pretrain.stages import STAGES
+
+        return STAGES
+
+    def load_retrain() -> Callable[[Leg, int], Outcome]:
+        from baton.pipelines.t5_pretrain.training import retrain
+
+        return retrain
+
+    def answer() -> Callable[[Trained], Answerer]:
+        from baton.pipelines.t5_pretrain.answer import T5Answerer
+
+        return T5Answerer
+
+    return Pipeline(
+        name="t5_pretrain",
+        config=T5Pretrain,
+        stage_names=("data", "train", "eval"),
+        load_stages=load,
+        load_retrain=load_retrain,
+        load_answer=answer,
+    )
+
+
+PIPELINES: dict[str, Callable[[], Pipeline]] = {
+    "medical_qa": _medical_qa,
+    "t5_pretrain": _t5_pretrain,
+}
+"""LoRA and QLoRA over data scale on question answering: data, train, eval."""

@@ -7,8 +7,6 @@ import json
 from baton.record import EvalRecord, ScoreEntry
 
 CARD = "README.md"
-# What is loaded by `PeftModel.from_pretrained`, below a checkpoint's folder.
-ADAPTER = "adapter"
 _MARK = "<!-- written by baton -->"
 
 
@@ -91,17 +89,17 @@ def _loading(base: str, repository: str, folder: str, *, is_adapter: bool) -> li
     if not is_adapter:
         return [
             "```python",
-            "from huggingface_hub import hf_hub_download",
-            "from safetensors.torch import load_file",
-            f'path = hf_hub_download("{repository}", "{folder}/model.safetensors")',
-            "model.load_state_dict(load_file(path), strict=False)  # tied weights are stored once",
+            "from transformers import AutoModel, AutoTokenizer  # or the class of its architecture",
+            f'model = AutoModel.from_pretrained("{repository}", subfolder="{folder}")',
+            f'tokenizer = AutoTokenizer.from_pretrained("{repository}", subfolder="{folder}")',
             "```",
         ]
     return [
         "```python",
         "from peft import PeftModel",
-        "from transformers import AutoModelForCausalLM",
+        "from transformers import AutoModelForCausalLM, AutoTokenizer",
         f'base = AutoModelForCausalLM.from_pretrained("{base}")',
         f'model = PeftModel.from_pretrained(base, "{repository}", subfolder="{folder}")',
+        f'tokenizer = AutoTokenizer.from_pretrained("{repository}", subfolder="{folder}")',
         "```",
     ]

@@ -250,11 +250,11 @@ class Mirror:
             checkpoints.adopt(step, folder, manifest)
             shutil.rmtree(folder)
 
-    def bring_checkpoints(self) -> None:
-        """Bring the newest two checkpoints of every stage that are only in the store."""
+    def bring_checkpoints(self, last: int = 0) -> None:
+        """Bring the last checkpoints of every stage that are only in the store; 0 is all."""
         for prefix in newest_steps(self.stored_names()):
             here = Checkpoints(self.local, prefix, 0, lambda: None, lambda: "")
-            for step in self.archive(prefix).steps()[-2:]:
+            for step in self.archive(prefix).steps()[-last:]:
                 self.bring_checkpoint(here, step)
 
     @contextlib.contextmanager

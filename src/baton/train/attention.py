@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 from typing import Any
 
 import torch
+from packaging.version import Version
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface
@@ -12,6 +14,7 @@ from transformers.masking_utils import AttentionMaskInterface
 from baton.errors import ModelError
 
 NAME = "baton_packed"
+_TAKES_GQA = Version(torch.__version__) >= Version("2.12")
 
 
 def register() -> None:
@@ -25,11 +28,7 @@ def can_use_varlen(device: torch.device) -> bool:
     """Is there a variable-length kernel for this device? Flash attention needs Ampere."""
     if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 0):
         return False
-    try:
-        from torch.nn.attention.varlen import varlen_attn  # noqa: F401
-    except ImportError:
-        return False
-    return True
+    return importlib.util.find_spec("torch.nn.attention.varlen") is not None
 
 
 def packed_attention(
@@ -156,9 +155,8 @@ def _varlen(
     from torch.nn.attention.varlen import varlen_attn
 
     q, k, v = (x.transpose(1, 2).squeeze(0) for x in (query, key, value))
-    repeat = q.shape[1] // k.shape[1]
-    if repeat > 1:
-        k, v = (x.repeat_interleave(repeat, dim=1) for x in (k, v))
+    # The kernel shares key and value heads by itself; torch 2.11 takes no word for it.
+    shares = {"enable_gqa": True} if _TAKES_GQA and q.shape[1] != k.shape[1] else {}
     out: torch.Tensor = varlen_attn(
         q,
         k,
@@ -169,6 +167,7 @@ def _varlen(
         max_k=longest,
         scale=scaling,
         window_size=(window - 1 if window else -1, 0),
+        **shares,
     )
     return out.unsqueeze(0)
 

@@ -10,8 +10,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-# What torch's cross-entropy leaves out.
-IGNORE = -100
+# Samples of no tokens fill a pack's edges up to a multiple of this.
+_EDGE_STEP = 16
+_LEAST_LONGEST = 512
 
 
 class TokenSource(Protocol):
@@ -39,49 +40,80 @@ class PackedBatch:
     Attributes:
         input_ids: `(1, tokens)` int64.
         position_ids: `(1, tokens)` int64, from 0 in every sample.
-        labels: `(tokens,)` int64: the token that should follow, or `IGNORE`. The last token
+        predicts: `(labelled,)` int64: positions whose next token carries loss. The last token
             of a sample never predicts the first of the next.
-        lengths: tokens of each sample.
-        use_varlen: hand the edges to a variable-length kernel.
+        labels: `(labelled,)` int64: those next tokens.
+        lengths: tokens of each sample; pads are samples too, of no labels.
+        edges: running sums of `lengths` for a variable-length kernel, int32 on the device,
+            with the last one repeated; None where each sample is attended to by itself.
+        longest: at least the tokens of the longest sample, for that kernel.
     """
 
     input_ids: torch.Tensor
     position_ids: torch.Tensor
+    predicts: torch.Tensor
     labels: torch.Tensor
     lengths: tuple[int, ...]
-    use_varlen: bool = False
+    edges: torch.Tensor | None = None
+    longest: int = 0
 
-    def edges(self) -> dict[str, Any]:
+    def attention(self) -> dict[str, Any]:
         """Keyword arguments that travel through the model to `packed_attention`."""
-        if not self.use_varlen:
+        if self.edges is None:
             return {"packed_lengths": self.lengths}
-        running = np.cumsum((0, *self.lengths), dtype=np.int32)
-        return {
-            "cu_seq_lens_q": torch.from_numpy(running).to(self.input_ids.device),
-            "max_length_q": max(self.lengths),
-        }
+        return {"cu_seq_lens_q": self.edges, "max_length_q": self.longest}
 
 
 def collate(
-    source: TokenSource, indices: Sequence[int], *, device: torch.device, use_varlen: bool
+    source: TokenSource,
+    indices: Sequence[int],
+    *,
+    device: torch.device,
+    pad_to: int | None = None,
 ) -> PackedBatch:
-    """Pack samples in the order given."""
-    ids, labels, positions, lengths = [], [], [], []
-    for index in indices:
-        tokens, prompt = source.sample(index)
-        following = np.full_like(tokens, IGNORE)
-        following[max(prompt - 1, 0) : -1] = tokens[max(prompt, 1) :]
-        ids.append(tokens)
-        labels.append(following)
-        positions.append(np.arange(len(tokens)))
-        lengths.append(len(tokens))
+    """Pack samples in the order given.
 
-    def moved(parts: list[NDArray[np.int64]]) -> torch.Tensor:
-        row = torch.from_numpy(np.concatenate(parts))
+    With `pad_to` the pack is filled up to a multiple of so many tokens, and has edges for a
+    variable-length kernel.
+    """
+    samples = [source.sample(index) for index in indices]
+    lengths = [len(tokens) for tokens, _ in samples]
+    starts = np.cumsum([0, *lengths])
+    predicts = [
+        np.arange(start + max(prompt - 1, 0), start + len(tokens) - 1)
+        for start, (tokens, prompt) in zip(starts, samples, strict=False)
+    ]
+    labels = [tokens[max(prompt, 1) :] for tokens, prompt in samples]
+    # One of few values: compiled code is made anew when a number becomes another.
+    longest = max(_LEAST_LONGEST, 1 << (max(lengths) - 1).bit_length())
+    pads = _pads(-int(starts[-1]) % pad_to, longest) if pad_to else []
+    everything = [*lengths, *pads]
+    ids = [*(tokens for tokens, _ in samples), np.zeros(sum(pads), np.int64)]
+
+    def moved(row: NDArray[Any]) -> torch.Tensor:
+        tensor = torch.from_numpy(row)
         if device.type == "cuda":
-            return row.pin_memory().to(device, non_blocking=True)
-        return row
+            return tensor.pin_memory().to(device, non_blocking=True)
+        return tensor
 
     return PackedBatch(
-        moved(ids)[None], moved(positions)[None], moved(labels), tuple(lengths), use_varlen
+        input_ids=moved(np.concatenate(ids))[None],
+        position_ids=moved(np.concatenate([np.arange(n) for n in everything]))[None],
+        predicts=moved(np.concatenate(predicts)),
+        labels=moved(np.concatenate(labels)),
+        lengths=tuple(everything),
+        edges=moved(_edges(everything)) if pad_to else None,
+        longest=longest,
     )
+
+
+def _pads(missing: int, longest: int) -> list[int]:
+    """Lengths of the pads that fill `missing` tokens, none longer than the longest sample."""
+    full, rest = divmod(missing, longest)
+    return [longest] * full + [rest] * bool(rest)
+
+
+def _edges(lengths: Sequence[int]) -> NDArray[np.int32]:
+    """Running sums from 0; the number of them grows in steps, so that few shapes occur."""
+    missing = -len(lengths) % _EDGE_STEP
+    return np.cumsum([0, *lengths, *[0] * missing], dtype=np.int32)

@@ -87,7 +87,8 @@ class TrainConfig:
     """Everything about training that changes its result, and how often it is saved.
 
     `batch_samples` is the effective batch of one optimizer step over all processes;
-    `tokens_per_micro_batch` only decides how it is cut to fit into memory.
+    `tokens_per_micro_batch` only decides how it is cut to fit into memory. `compile` is for GPUs;
+    with `deterministic` nothing is compiled, because a compiler chooses its kernels by timing.
     """
 
     epochs: Annotated[float, between(0, 10_000)] = 3.0
@@ -95,9 +96,10 @@ class TrainConfig:
     batch_samples: Annotated[int, at_least(1)] = 16
     tokens_per_micro_batch: Annotated[int, at_least(1)] = 8192
     activation_checkpointing: bool = False
-    optimizer: Literal["adamw"] = "adamw"
+    compile: bool = True
+    optimizer: Literal["adamw", "adafactor"] = "adamw"
     learning_rate: Annotated[float, between(0, 10)] = 1e-4
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    schedule: Literal["cosine", "one_cycle", "linear", "constant"] = "cosine"
     warmup_ratio: Annotated[float, between(0, 1)] = 0.1
     warmup_steps: Annotated[int, at_least(0)] | None = None
     min_lr_ratio: Annotated[float, between(0, 1)] = 0.0

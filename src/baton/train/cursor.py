@@ -20,11 +20,16 @@ class Cursor:
     every step has the same number of samples and the last one of a run may have fewer. The
     permutation is computed, not stored: position 9,000,000 costs what position 0 costs, and
     50 million samples take no memory.
+
+    With several `versions` of the samples (the same ones written otherwise), version v of
+    sample i has the index `v * samples + i`; each epoch takes the next version, then the first
+    again.
     """
 
     samples: int
     batch: int
     seed: int
+    versions: int = 1
 
     def __post_init__(self) -> None:
         if self.samples < 1 or self.batch < 1:
@@ -44,7 +49,8 @@ class Cursor:
         for epoch in np.unique(epochs):
             mask = epochs == epoch
             within = positions[mask] % self.samples
-            out[mask] = permute(within, size=self.samples, seed=self.seed, epoch=int(epoch))
+            chosen = permute(within, size=self.samples, seed=self.seed, epoch=int(epoch))
+            out[mask] = chosen + int(epoch) % self.versions * self.samples
         return out
 
 

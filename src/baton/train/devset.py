@@ -13,8 +13,8 @@ import torch
 from baton.record import dump_json
 from baton.stage import Leg
 from baton.train.batch import TokenSource
+from baton.train.batching import Batching
 from baton.train.cursor import Indices
-from baton.train.packing import pack
 from baton.train.ranks import Ranks
 
 # A kill without a word costs at most so much of an evaluation.
@@ -33,6 +33,7 @@ class DevSet:
     ranks: Ranks
     folder: str
     source: TokenSource
+    batching: Batching
     loss: Callable[[Indices], torch.Tensor]
 
     def mean_loss(self, step: int, *, budget: int) -> float | None:
@@ -41,8 +42,7 @@ class DevSet:
         `budget` is the tokens of a micro-batch. Every rank must call this.
         """
         indices = np.arange(len(self.source))
-        lengths = self.source.lengths(indices).tolist()
-        shares = pack(lengths, ranks=self.ranks.size, budget=budget)
+        shares = self.batching.cut(self.source, indices, ranks=self.ranks.size, budget=budget)
         mine = shares[self.ranks.rank]
         who = f"{self.ranks.rank}of{self.ranks.size}"
         prefix = f"{self.folder}/shards/dev-{step:06d}-{budget}-{who}-"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -91,12 +91,13 @@ class Journal:
             tokens_per_s=round(speed),
         )
 
-    def evaluated(self, state: TrainState, loss: float) -> None:
-        """Write the dev loss of a finished evaluation."""
+    def evaluated(self, state: TrainState, loss: float, scores: Mapping[str, float]) -> None:
+        """Write the dev loss of a finished evaluation, and the scores of its answers."""
+        values: dict[str, Any] = {"dev_loss": loss, **scores}
         if self.leg.is_first:
-            self.metrics.write(state.step, {"dev_loss": loss}, {})
-        self.leg.log("evaluated", step=state.step, dev_loss=loss)
-        self.leg.report(dev_loss=loss)
+            self.metrics.write(state.step, values, {})
+        self.leg.log("evaluated", step=state.step, **values)
+        self.leg.report(**values)
 
     def report(self, state: TrainState, total: int, **values: Any) -> None:
         """Say how far the run is."""

@@ -11,6 +11,8 @@ from transformers import PreTrainedModel
 from baton.train import adapters
 from baton.train.base import describe, fingerprint, load_model
 from baton.train.config import AdapterConfig, ModelConfig
+from baton.train.layers import compile_layers, recompute_layers
+from baton.train.stacked import stack_projections
 from baton.train.state import FullWeights, Weights
 
 
@@ -44,8 +46,12 @@ def build_learner(
     packed: bool,
     seed: int,
     activation_checkpointing: bool = False,
+    compiled: bool = False,
 ) -> Learner:
-    """Load the base and attach what is to learn, ready to train (`packed`) or to generate."""
+    """Load the base and attach what is to learn, ready to train (`packed`) or to generate.
+
+    `activation_checkpointing` and `compiled` are for training.
+    """
     network = load_model(
         model,
         adapter,
@@ -56,26 +62,16 @@ def build_learner(
         packed=packed,
     )
     base = fingerprint(network)
+    trained: torch.nn.Module = network
+    weights: Weights = FullWeights(network)
+    if adapter.method != "full":
+        name = describe(model)["name"]
+        trained = adapters.attach(network, adapter, base_name=name, seed=seed)
+        weights = adapters.AdapterWeights(trained)
+        if packed:
+            stack_projections(trained)
+    if compiled:
+        compile_layers(network)
     if activation_checkpointing:
-        checkpoint_activations(network)
-    if adapter.method == "full":
-        return Learner(
-            network=network, model=network, weights=FullWeights(network), base_fingerprint=base
-        )
-    base_name = describe(model)["name"]
-    wrapped = adapters.attach(network, adapter, base_name=base_name, seed=seed)
-    return Learner(
-        network=network,
-        model=wrapped,
-        weights=adapters.AdapterWeights(wrapped),
-        base_fingerprint=base,
-    )
-
-
-def checkpoint_activations(network: PreTrainedModel) -> None:
-    """Recompute activations in the backward pass instead of keeping them."""
-    # transformers 5.23 gave the method another name; the old one warns.
-    enable = getattr(network, "activation_checkpointing_enable", None)
-    (enable or network.gradient_checkpointing_enable)({"use_reentrant": False})
-    # Frozen embeddings would otherwise cut the graph below the first checkpoint.
-    network.enable_input_require_grads()
+        recompute_layers(network)
+    return Learner(network=network, model=trained, weights=weights, base_fingerprint=base)

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 
 from baton.errors import ConfigError
 from baton.stage import Leg, Outcome
+from baton.train.ahead import Ahead
 from baton.train.attention import can_use_varlen
-from baton.train.batch import PackedBatch, TokenSource, collate
+from baton.train.batch import TokenSource
+from baton.train.batching import Batching, Packed
 from baton.train.config import TrainConfig
 from baton.train.cursor import Cursor, Indices
 from baton.train.devset import DevSet
@@ -22,12 +24,34 @@ from baton.train.journal import Journal
 from baton.train.keeper import Keeper
 from baton.train.metrics import Metrics
 from baton.train.optim import Schedule, build_optimizer, set_learning_rate
-from baton.train.packing import pack
 from baton.train.precision import Precision
 from baton.train.ranks import Ranks
 from baton.train.state import Timing, TrainState, Weights
 
 log = logging.getLogger(__name__)
+
+# Matrix products like even sizes; the pads are a percent or two of a full pack.
+_PAD_TO = 256
+
+
+class DevScore(Protocol):
+    """Scores what a model answers to dev samples."""
+
+    def take(self, step: int) -> dict[str, float] | None:
+        """The score by its name, higher is better; None when asked to stop before the end.
+
+        Every rank must call this. Called again at the same step, it goes on from what an
+        earlier leg left.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class ReadAhead:
+    """Tells whoever reads the samples what will be asked for, so many steps before it is."""
+
+    steps: int
+    need: Callable[[Indices], None]
 
 
 @dataclass(kw_only=True)
@@ -38,7 +62,12 @@ class Loop:
     once, so all stop at the same step.
 
     Attributes:
-        loss: summed loss of a packed micro-batch over its labelled tokens, a float32 scalar.
+        loss: summed loss of a micro-batch over its labelled tokens, a float32 scalar.
+        batching: makes those micro-batches; packs by default.
+        score: taken with every dev loss; where it is given, it decides which checkpoint is best.
+        read_ahead: hears which samples are to come.
+        versions: how often `train` holds its samples, end to end; each epoch takes the next
+            version of them.
         folder: where this stage keeps its files, relative to the task.
         identity, environment, allow_changed: see `Keeper`.
         stop_at: end as finished at this step, for `verify-resume`.
@@ -49,9 +78,13 @@ class Loop:
     config: TrainConfig
     model: torch.nn.Module
     weights: Weights
-    loss: Callable[[PackedBatch], torch.Tensor]
+    loss: Callable[[Any], torch.Tensor]
     train: TokenSource
     dev: TokenSource
+    batching: Batching | None = None
+    score: DevScore | None = None
+    read_ahead: ReadAhead | None = None
+    versions: int = 1
     folder: str = "train"
     identity: dict[str, str] = field(default_factory=dict)
     environment: dict[str, str] = field(default_factory=dict)
@@ -60,16 +93,20 @@ class Loop:
 
     def __post_init__(self) -> None:
         config = self.config
-        self.cursor = Cursor(len(self.train), config.batch_samples, config.seed)
+        self.samples = len(self.train) // self.versions
+        self.cursor = Cursor(self.samples, config.batch_samples, config.seed, self.versions)
         self.total = config.max_steps or self.cursor.total_steps(config.epochs)
         # With max_steps the last batch is as full as the others.
-        self.end = None if config.max_steps else round(config.epochs * len(self.train))
+        self.end = None if config.max_steps else round(config.epochs * self.samples)
         self.schedule = Schedule.of(config, self.total)
         self.precision = Precision.choose(config.precision, self.ranks.device)
         names = {p: n for n, p in self.model.named_parameters() if p.requires_grad}
         self.parameters = list(names)
         self.optimizer = build_optimizer(((n, p) for p, n in names.items()), config)
-        self.use_varlen = can_use_varlen(self.ranks.device) and self.precision.is_half
+        use_varlen = can_use_varlen(self.ranks.device) and self.precision.is_half
+        pad_to = _PAD_TO if use_varlen else None
+        self.batches = self.batching or Packed(self.ranks.device, pad_to)
+        self.ahead = Ahead(self._collated) if self.ranks.device.type == "cuda" else None
         self.state = TrainState(
             tokens_per_micro_batch=config.tokens_per_micro_batch,
             identity=self.identity,
@@ -95,6 +132,7 @@ class Loop:
             ranks=self.ranks,
             folder=self.folder,
             source=self.dev,
+            batching=self.batches,
             loss=self._dev_micro_batch,
         )
         self.metrics = Metrics(
@@ -122,6 +160,8 @@ class Loop:
             return self._run()
         finally:
             self.metrics.close()
+            if self.ahead is not None:
+                self.ahead.close()
 
     def _run(self) -> Outcome:
         state = self.state
@@ -159,8 +199,10 @@ class Loop:
         indices = self._indices(step)
         lengths = self.train.lengths(indices)
         labelled = int(self.train.labelled(indices).sum())
+        if self.read_ahead is not None:
+            self.read_ahead.need(self._indices(step + self.read_ahead.steps))
         while True:
-            loss, out_of_memory = self._accumulate(indices, lengths, labelled)
+            loss, out_of_memory = self._accumulate(labelled)
             stop, memory, urgent, self._save_due = self.ranks.agree(
                 self.leg.stop.is_set,
                 out_of_memory,
@@ -189,27 +231,23 @@ class Loop:
     def _indices(self, step: int) -> Indices:
         return self.cursor.at(step, end=self.end)
 
-    def _accumulate(
-        self, indices: Indices, lengths: Indices, labelled: int
-    ) -> tuple[torch.Tensor, bool]:
+    def _accumulate(self, labelled: int) -> tuple[torch.Tensor, bool]:
         """Add up gradients of this rank's share of the step, divided by all its labels.
 
         Returns the share's part of the loss, and whether memory ran out.
         """
-        shares = pack(
-            lengths.tolist(), ranks=self.ranks.size, budget=self.state.tokens_per_micro_batch
-        )
+        step, budget = self.state.step, self.state.tokens_per_micro_batch
+        batches = self._collated(step, budget)
+        if self.ahead is not None:
+            batches = self.ahead.take(step, budget)
         total = torch.zeros((), device=self.ranks.device)
         self.model.train()
         try:
-            for number, share in enumerate(shares[self.ranks.rank]):
+            for number, batch in enumerate(batches):
                 if self.leg.stop.is_urgent:
                     break
-                batch = self._collate(self.train, indices[share])
                 # Dropout follows from where we are, so there is no RNG state to save.
-                torch.manual_seed(
-                    mix_seed(self.config.seed, self.state.step, self.ranks.rank, number)
-                )
+                torch.manual_seed(mix_seed(self.config.seed, step, self.ranks.rank, number))
                 with self.precision.autocast():
                     loss = self.loss(batch) / labelled
                 self.precision.backward(loss)
@@ -218,10 +256,15 @@ class Loop:
             return total, True
         return total, False
 
-    def _collate(self, source: TokenSource, indices: Indices) -> PackedBatch:
-        return collate(
-            source, indices.tolist(), device=self.ranks.device, use_varlen=self.use_varlen
-        )
+    def _collated(self, step: int, budget: int) -> Iterator[Any]:
+        """The micro-batches of this rank's share of a step."""
+        indices = self._indices(step)
+        shares = self.batches.cut(self.train, indices, ranks=self.ranks.size, budget=budget)
+        for share in shares[self.ranks.rank]:
+            yield self.batches.collate(self.train, indices[share], budget=budget)
+
+    def _collate(self, source: TokenSource, indices: Indices) -> Any:
+        return self.batches.collate(source, indices, budget=self.state.tokens_per_micro_batch)
 
     def _shrink_micro_batch(self, longest: int) -> None:
         """Halve the micro-batch after running out of memory; batch and order stay."""
@@ -253,7 +296,7 @@ class Loop:
         if every is not None:
             return step % every == 0
         # The step in which the last sample of an epoch was used.
-        size, batch = len(self.train), self.config.batch_samples
+        size, batch = self.samples, self.config.batch_samples
         return step * batch // size > (step - 1) * batch // size
 
     def _evaluate(self) -> bool:
@@ -262,11 +305,14 @@ class Loop:
         self.model.eval()
         with self.journal.speed.paused():
             loss = self.dev_set.mean_loss(self.state.step, budget=self.state.tokens_per_micro_batch)
-        if loss is None:
-            return False
-        self.state.dev_history.append([float(self.state.step), loss])
+            if loss is None:
+                return False
+            scores = {} if self.score is None else self.score.take(self.state.step)
+            if scores is None:
+                return False
+        self.state.dev_history.append([float(self.state.step), loss, *scores.values()])
         self.state.dev_pending = False
-        self.journal.evaluated(self.state, loss)
+        self.journal.evaluated(self.state, loss, scores)
         return True
 
     def _dev_micro_batch(self, indices: Indices) -> torch.Tensor:
@@ -281,7 +327,7 @@ class Loop:
         self.journal.log(
             self.state,
             learning_rate=self.schedule.at(self.state.step - 1),
-            epoch=self.state.samples / len(self.train),
+            epoch=self.state.samples / self.samples,
             total=self.total,
         )
 

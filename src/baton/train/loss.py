@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from baton.train.batch import IGNORE, PackedBatch
+from baton.train.batch import PackedBatch
 
 # 1,024 rows of a 152k vocabulary are 0.6 GB of fp32 logits: the most that exists at once.
 _CHUNK_TOKENS = 1024
@@ -30,31 +30,33 @@ class CausalLoss:
     head, on the same positions.
     """
 
-    def __init__(self, model: torch.nn.Module, *, compute_dtype: torch.dtype) -> None:
+    def __init__(
+        self, model: torch.nn.Module, *, compute_dtype: torch.dtype, compiled: bool = False
+    ) -> None:
         self.model = model
         self.compute_dtype = compute_dtype
+        self.compiled = compiled
         head = model.get_output_embeddings()
         self.head: torch.nn.Module | None = head if _is_plain(model, head) else None
 
     def __call__(self, batch: PackedBatch) -> torch.Tensor:
         """Sum of the loss over labelled tokens: a float32 scalar with gradient."""
-        positions = (batch.labels != IGNORE).nonzero().squeeze(1)
-        labels = batch.labels.index_select(0, positions)
         inputs = dict(
             input_ids=batch.input_ids,
             position_ids=batch.position_ids,
             use_cache=False,
-            **batch.edges(),
+            **batch.attention(),
         )
         if self.head is None:
-            logits = self.model(**inputs, logits_to_keep=positions).logits[0].float()
-            return torch.nn.functional.cross_entropy(logits, labels, reduction="sum")
+            logits = self.model(**inputs, logits_to_keep=batch.predicts).logits[0].float()
+            return torch.nn.functional.cross_entropy(logits, batch.labels, reduction="sum")
         hidden = self.model.base_model(**inputs).last_hidden_state[0]
         return linear_cross_entropy(
-            hidden.index_select(0, positions),
+            hidden.index_select(0, batch.predicts),
             self.head.weight,
-            labels,
+            batch.labels,
             compute_dtype=self.compute_dtype,
+            compiled=self.compiled,
         )
 
 
@@ -75,6 +77,7 @@ def linear_cross_entropy(
     labels: torch.Tensor,
     *,
     compute_dtype: torch.dtype,
+    compiled: bool = False,
 ) -> torch.Tensor:
     """Summed cross-entropy of `softmax(hidden @ weight.T)` against `labels`.
 
@@ -83,9 +86,27 @@ def linear_cross_entropy(
         weight: `(vocabulary, width)`.
         labels: `(tokens,)` int64, none of them ignored.
         compute_dtype: of the matrix products; the softmax is always float32.
+        compiled: fuse the softmax and its gradient; compiles at the first call.
     """
-    loss: torch.Tensor = _LinearCrossEntropy.apply(hidden, weight, labels, compute_dtype)
+    loss: torch.Tensor = _LinearCrossEntropy.apply(hidden, weight, labels, compute_dtype, compiled)
     return loss
+
+
+def _cross_entropy(
+    logits: torch.Tensor, labels: torch.Tensor, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Summed loss of `(tokens, vocabulary)` logits, and `scale` times their gradient."""
+    wide = logits.float()
+    normaliser = wide.logsumexp(dim=1, keepdim=True)
+    loss = (normaliser - wide.gather(1, labels)).sum()
+    # d loss / d logits = softmax - one-hot
+    column = torch.arange(logits.shape[1], device=logits.device)
+    grad = wide.sub_(normaliser).exp_().sub_((column == labels).to(logits.dtype))
+    return loss, grad.mul_(scale).to(logits.dtype)
+
+
+# One pass for the normaliser and one for the gradient; made at the first call.
+_compiled_cross_entropy = torch.compile(_cross_entropy, dynamic=True)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):  # type: ignore[misc]
@@ -96,7 +117,9 @@ class _LinearCrossEntropy(torch.autograd.Function):  # type: ignore[misc]
         weight: torch.Tensor,
         labels: torch.Tensor,
         dtype: torch.dtype,
+        compiled: bool,
     ) -> torch.Tensor:
+        cross_entropy = _compiled_cross_entropy if compiled else _cross_entropy
         with torch.autocast(hidden.device.type, enabled=False):
             h, w = hidden.to(dtype), weight.to(dtype)
             need_h, need_w = ctx.needs_input_grad[:2]
@@ -106,16 +129,14 @@ class _LinearCrossEntropy(torch.autograd.Function):  # type: ignore[misc]
             total = torch.zeros((), dtype=torch.float32, device=h.device)
             for start in range(0, len(labels), _CHUNK_TOKENS):
                 span = slice(start, start + _CHUNK_TOKENS)
-                logits = (h[span] @ w.T).float()
-                label = labels[span, None]
-                normaliser = logits.logsumexp(dim=1, keepdim=True)
-                total += (normaliser - logits.gather(1, label)).sum()
+                logits, label = h[span] @ w.T, labels[span]
                 if grad_h is None and grad_w is None:
+                    total += torch.nn.functional.cross_entropy(
+                        logits.float(), label, reduction="sum"
+                    )
                     continue
-                # d loss / d logits = softmax - one-hot
-                grad = logits.sub_(normaliser).exp_()
-                grad.scatter_add_(1, label, torch.full_like(label, -1.0, dtype=grad.dtype))
-                grad = grad.mul_(scale).to(dtype)
+                part, grad = cross_entropy(logits, label[:, None], scale)
+                total += part
                 if grad_h is not None:
                     grad_h[span] = (grad @ w).float() / scale
                 if grad_w is not None:
@@ -134,4 +155,4 @@ class _LinearCrossEntropy(torch.autograd.Function):  # type: ignore[misc]
             grad_h = (grad_h * grad_output).to(hidden_dtype)
         if grad_w is not None:
             grad_w = (grad_w * grad_output).to(weight_dtype)
-        return grad_h, grad_w, None, None
+        return grad_h, grad_w, None, None, None

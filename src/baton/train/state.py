@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -35,7 +35,8 @@ class TrainState:
 
     Attributes:
         step: optimizer steps done.
-        dev_history: `[step, dev loss]` of every finished dev evaluation.
+        dev_history: `[step, dev loss]` of every finished dev evaluation, or
+            `[step, dev loss, score]` where answers are scored as well.
         dev_pending: the evaluation due at `step` was cut off by a handover.
         window: `[loss, gradient norm]` of the steps since the last logged one.
         tokens_per_micro_batch: smaller than configured after running out of memory.
@@ -60,12 +61,17 @@ class TrainState:
         """Step and dev loss of the best evaluation; the earlier one wins a tie."""
         if not self.dev_history:
             return None
-        step, loss = min(self.dev_history, key=lambda row: (row[1], row[0]))
-        return int(step), loss
+        row = min(self.dev_history, key=lambda row: (badness(row), row[0]))
+        return int(row[0]), row[1]
 
     def evaluations_since_best(self) -> int:
         best = self.best
-        return sum(1 for step, _ in self.dev_history if best and step > best[0])
+        return sum(1 for row in self.dev_history if best and row[0] > best[0])
+
+
+def badness(row: Sequence[float]) -> float:
+    """Of two rows of a dev history, the smaller is the better: by score if any, else by loss."""
+    return -row[2] if len(row) > 2 else row[1]
 
 
 @dataclass(kw_only=True)
@@ -130,7 +136,7 @@ def save_optimizer(
 ) -> None:
     """Write every tensor of the optimizer's state under `item/parameter name`."""
     tensors = {
-        f"{item}/{names[parameter]}": value.detach().contiguous()
+        f"{item}/{names[parameter]}": torch.as_tensor(value).detach().contiguous()
         for parameter, items in optimizer.state.items()
         for item, value in items.items()
     }
@@ -148,7 +154,9 @@ def load_optimizer(
         if name not in by_name:
             raise DamagedError(f"{OPTIMIZER}: no parameter {name!r} in this model")
         parameter = by_name[name]
-        optimizer.state[parameter][item] = value.to(parameter.device)
+        # transformers' Adafactor counts its steps in a plain int.
+        is_count = value.ndim == 0 and value.dtype == torch.int64
+        optimizer.state[parameter][item] = value.item() if is_count else value.to(parameter.device)
     for name, parameter in by_name.items():
         if tensors and parameter not in optimizer.state:
             raise DamagedError(f"{OPTIMIZER}: nothing saved for parameter {name!r}")

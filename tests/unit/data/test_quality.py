@@ -110,6 +110,7 @@ def test_the_report_counts_everything_that_came_in() -> None:
         kept=99,
         dropped={"broken_row": 1, "empty_question": 1, "exact_duplicate": 1}
         | {"question_too_short": 1},
+        nulls={},
         lengths={
             "question": Lengths(min=2, p5=6, p50=51, p95=96, p99=100, max=100),
             "answer": Lengths(min=9, p5=9, p50=9, p95=9, p99=9, max=9),

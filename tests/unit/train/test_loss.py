@@ -164,7 +164,7 @@ def test_a_head_that_is_more_than_a_matrix_is_asked_itself(kind, values, plain, 
     loss = CausalLoss(model, compute_dtype=torch.float32)
     assert (loss.head is not None) == plain
     source = drawn(3)
-    got = loss(collate(source, range(3), device=CPU, use_varlen=False))
+    got = loss(collate(source, range(3), device=CPU))
     got.backward()
     ours = [p.grad.clone() for p in model.parameters()]
     model.zero_grad()
@@ -187,7 +187,7 @@ def test_an_adapter_on_the_head_is_trained(tiny, drawn, tmp_path):
     model = tiny("llama", "lora", targets=["q_proj", "lm_head"])
     learner = model.learner()
     loss = CausalLoss(learner.network, compute_dtype=torch.float32)
-    loss(collate(drawn(2), range(2), device=CPU, use_varlen=False)).backward()
+    loss(collate(drawn(2), range(2), device=CPU)).backward()
     heads = [p for n, p in learner.model.named_parameters() if "lm_head" in n and p.requires_grad]
     assert len(heads) == 2
     assert all(p.grad.abs().sum() > 0 for p in heads)

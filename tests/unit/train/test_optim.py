@@ -40,6 +40,27 @@ def test_every_step_has_the_rate_that_transformers_gives_it(kind, warmup, total)
     assert [schedule.at(step) for step in range(total)] == pytest.approx(expected, abs=1e-15)
 
 
+@pytest.mark.parametrize(("warmup", "total"), [(1, 4), (4, 20), (30, 100), (1024, 5000)])
+def test_one_cycle_is_that_of_torch_with_the_warm_up_in_steps(warmup, total):
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=PEAK)
+    theirs = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer,
+        max_lr=PEAK,
+        total_steps=total,
+        pct_start=(warmup + 1) / total,
+        cycle_momentum=False,
+    )
+    expected = []
+    for _ in range(total):
+        expected.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        if len(expected) < total:
+            theirs.step()
+    # torch ends at a 25 * 10,000th of the peak.
+    schedule = Schedule("one_cycle", PEAK, warmup, total, 4e-6)
+    assert [schedule.at(step) for step in range(total)] == pytest.approx(expected, rel=1e-9)
+
+
 def test_a_floor_is_that_of_transformers_cosine_with_min_lr():
     make = transformers.optimization.get_cosine_with_min_lr_schedule_with_warmup
     expected = by_transformers(make, 20, num_warmup_steps=4, num_training_steps=20, min_lr_rate=0.1)
@@ -119,3 +140,44 @@ def test_updates_are_those_of_plain_adamw_with_clipping(clip):
         plain.zero_grad()
         for our, their in zip(ours.parameters(), theirs.parameters(), strict=True):
             assert torch.allclose(our, their, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("rate", [1e-4, 1e-3])
+def test_adafactor_is_that_of_transformers_at_the_rate_it_is_given(rate):
+    config = TrainConfig(optimizer="adafactor", learning_rate=1.0, weight_decay=0.1)
+    ours, theirs = network(), network()
+    optimizer = build_optimizer(ours.named_parameters(), config)
+    plain = transformers.Adafactor(
+        [
+            {"params": [p for p in theirs.parameters() if p.ndim > 1], "weight_decay": 0.1},
+            {"params": [p for p in theirs.parameters() if p.ndim == 1], "weight_decay": 0.0},
+        ],
+        lr=rate,
+        scale_parameter=False,
+        relative_step=False,
+    )
+    ids = torch.randint(0, 11, (4, 5), generator=torch.Generator().manual_seed(0))
+    for _ in range(4):
+        for model in (ours, theirs):
+            logits = model(ids[:, :-1])
+            torch.nn.functional.cross_entropy(logits.transpose(1, 2), ids[:, 1:]).backward()
+        set_learning_rate(optimizer, rate)
+        for each in (optimizer, plain):
+            each.step()
+            each.zero_grad()
+    for our, their in zip(ours.parameters(), theirs.parameters(), strict=True):
+        assert torch.equal(our, their)
+
+
+def test_the_first_update_of_adafactor_grows_with_the_rate():
+    moved = []
+    for rate in (1e-4, 1e-3, 1.0):
+        model = network()
+        before = model[2].weight.detach().clone()
+        optimizer = build_optimizer(model.named_parameters(), TrainConfig(optimizer="adafactor"))
+        model(torch.tensor([[1, 2, 3]])).square().sum().backward()
+        set_learning_rate(optimizer, rate)
+        optimizer.step()
+        moved.append((model[2].weight - before).norm().item())
+    assert moved[1] / moved[0] == pytest.approx(10, rel=1e-2)
+    assert moved[2] / moved[0] == pytest.approx(10_000, rel=1e-2)

@@ -11,9 +11,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from baton.errors import ModelError
 from baton.train import attention
-from baton.train.batch import IGNORE, PackedBatch, collate
+from baton.train.batch import PackedBatch, collate
 from baton.train.config import AdapterConfig, PathModel
-from baton.train.learner import build_learner, checkpoint_activations
+from baton.train.layers import recompute_layers
+from baton.train.learner import build_learner
 from baton.train.loss import CausalLoss
 
 CPU = torch.device("cpu")
@@ -49,13 +50,9 @@ def gradients(model):
 
 def only(batch: PackedBatch, keep: int) -> PackedBatch:
     """The same pack with the labels of one sample."""
-    labels = batch.labels.clone()
-    start = 0
-    for number, length in enumerate(batch.lengths):
-        if number != keep:
-            labels[start : start + length] = IGNORE
-        start += length
-    return dataclasses.replace(batch, labels=labels)
+    start = sum(batch.lengths[:keep])
+    mine = (batch.predicts >= start) & (batch.predicts < start + batch.lengths[keep])
+    return dataclasses.replace(batch, predicts=batch.predicts[mine], labels=batch.labels[mine])
 
 
 def agree(ours, theirs, *, relative):
@@ -66,7 +63,7 @@ def agree(ours, theirs, *, relative):
 
 
 def packed(source, order):
-    return collate(source, order, device=CPU, use_varlen=False)
+    return collate(source, order, device=CPU)
 
 
 @pytest.mark.parametrize(
@@ -128,9 +125,10 @@ def test_neighbours_and_their_order_do_not_touch_a_sample(tiny, drawn):
 def test_the_last_token_of_a_sample_does_not_predict_the_next_sample(samples):
     source = samples([([5, 6, 7], 1), ([8, 9], 0), ([10, 11, 12, 13], 3)])
     batch = packed(source, [0, 1, 2])
-    assert batch.labels.tolist() == [6, 7, IGNORE, 9, IGNORE, IGNORE, IGNORE, 13, IGNORE]
+    assert batch.predicts.tolist() == [0, 1, 3, 7]
+    assert batch.labels.tolist() == [6, 7, 9, 13]
     assert batch.position_ids.tolist() == [[0, 1, 2, 0, 1, 0, 1, 2, 3]]
-    assert (batch.labels != IGNORE).sum() == source.labelled(range(3)).sum()
+    assert len(batch.labels) == source.labelled(range(3)).sum()
 
 
 def test_checkpointed_activations_give_the_same_gradients(tiny, drawn):
@@ -140,7 +138,7 @@ def test_checkpointed_activations_give_the_same_gradients(tiny, drawn):
     for checkpointing in (False, True):
         learner = model.learner()
         if checkpointing:
-            checkpoint_activations(learner.network)
+            recompute_layers(learner.network)
         learner.model.train()
         CausalLoss(learner.network, compute_dtype=torch.float32)(batch).backward()
         found.append(gradients(learner.model))

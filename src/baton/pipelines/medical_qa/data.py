@@ -21,11 +21,7 @@ from baton.pipelines.medical_qa.config import MedicalQA
 from baton.record import dump_json
 from baton.stage import Leg, Outcome
 from baton.store.checkpoint import sha256_of
-from baton.train.base import build_random, context_length, load_tokenizer
-from baton.train.config import RandomModel, pin_key
-
-FOLDER = "data"
-BASE = "base"
+from baton.tuning.model import DATA, TaskModel
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +36,7 @@ class QARow:
 def prepare(leg: Leg) -> Outcome:
     """Clean, split and tokenise; for a random model also train its tokenizer and build it."""
     config: MedicalQA = leg.config
-    folder = leg.folder / FOLDER
+    folder = leg.folder / DATA
     folder.mkdir(parents=True, exist_ok=True)
     source = open_source(config.data, pinned=leg.plan.pins.get(config.data.pin_key, ""))
     cleaner = Cleaner(min_chars=config.data.min_chars, max_chars=config.data.max_chars)
@@ -56,15 +52,10 @@ def prepare(leg: Leg) -> Outcome:
             leg.log("data", note=line)
         parts = _split(len(kept), config, quality)
         train, dev, test = ([kept[i] for i in part] for part in _capped(parts, config))
-        if isinstance(config.model, RandomModel):
-            texts = (text for row in train for text in (row.question, row.answer))
-            build_random(config.model, texts, leg.folder / BASE)
-        tokenizer = load_tokenizer(
-            config.model,
-            base_folder=leg.folder / BASE,
-            revision=leg.plan.pins.get(pin_key(config.model), ""),
-        )
-        _require_context(leg, config)
+        model = TaskModel.of(leg)
+        model.build_if_random(text for row in train for text in (row.question, row.answer))
+        tokenizer = model.tokenizer()
+        model.require_context(config.data.max_length)
         encoder = ChatEncoder(
             tokenizer, system=config.data.system, max_length=config.data.max_length
         )
@@ -93,22 +84,14 @@ def prepare(leg: Leg) -> Outcome:
             for name in ("train.tokens", "train.index", "dev.tokens", "dev.index", "test.jsonl")
         },
     }
-    leg.store.write(f"{FOLDER}/report.json", dump_json(report))
-    leg.log(
-        "data", train=len(train), dev=len(dev), test=len(test), rejects=f"{FOLDER}/rejects.jsonl"
-    )
+    leg.store.write(f"{DATA}/report.json", dump_json(report))
+    leg.log("data", train=len(train), dev=len(dev), test=len(test), rejects=f"{DATA}/rejects.jsonl")
     return Outcome.FINISHED
-
-
-def read_report(leg: Leg) -> dict[str, Any]:
-    """What `prepare` counted."""
-    report: dict[str, Any] = json.loads(leg.store.read(f"{FOLDER}/report.json"))
-    return report
 
 
 def read_test(folder: Path) -> list[QARow]:
     """The rows of the test split, in their order."""
-    with open(folder / FOLDER / "test.jsonl", encoding="utf-8") as lines:
+    with open(folder / DATA / "test.jsonl", encoding="utf-8") as lines:
         return [QARow(**json.loads(line)) for line in lines]
 
 
@@ -139,21 +122,8 @@ def _split(kept: int, config: MedicalQA, quality: QualityReport) -> Split:
         )
     except DataError as error:
         dropped = ", ".join(f"{count:,} {reason}" for reason, count in quality.dropped.items())
-        why = f" (dropped: {dropped}; see {FOLDER}/rejects.jsonl)" if dropped else ""
+        why = f" (dropped: {dropped}; see {DATA}/rejects.jsonl)" if dropped else ""
         raise DataError(f"data.rows: {error}{why}") from error
-
-
-def _require_context(leg: Leg, config: MedicalQA) -> None:
-    limit = context_length(
-        config.model,
-        base_folder=leg.folder / BASE,
-        revision=leg.plan.pins.get(pin_key(config.model), ""),
-    )
-    if limit is not None and config.data.max_length > limit:
-        raise DataError(
-            f"data.max_length: {config.data.max_length} is more than the model's context of"
-            f" {limit} tokens"
-        )
 
 
 def _capped(parts: Split, config: MedicalQA) -> tuple[Any, Any, Any]:

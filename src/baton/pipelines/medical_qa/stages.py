@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from baton.pipelines.medical_qa.data import prepare
 from baton.pipelines.medical_qa.evaluate import evaluate
-from baton.pipelines.medical_qa.training import train
 from baton.stage import Stage
+from baton.tuning.training import train
 
 STAGES = (
     Stage(name="data", run=prepare, all_peers=False),

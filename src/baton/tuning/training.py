@@ -2,28 +2,35 @@
 
 from __future__ import annotations
 
-import torch
+import json
+from typing import Any
 
 from baton.data.tokenise import TokenFile
-from baton.pipelines.medical_qa import data
-from baton.pipelines.medical_qa.config import MedicalQA
 from baton.record import dump_json
 from baton.stage import Leg, Outcome
-from baton.train.config import pin_key
 from baton.train.environment import environment_of, make_deterministic
-from baton.train.learner import Learner, build_learner
+from baton.train.layers import is_compiled
+from baton.train.learner import Learner
 from baton.train.loop import Loop
 from baton.train.loss import CausalLoss
 from baton.train.precision import Precision
 from baton.train.ranks import Ranks
+from baton.tuning.best import HISTORY, TRAIN
+from baton.tuning.final import write_final
+from baton.tuning.model import DATA, Model, TaskModel, Tuning
 
-FOLDER = "train"
-SUMMARY = f"{FOLDER}/summary.json"
+SUMMARY = f"{TRAIN}/summary.json"
 
 
 def train(leg: Leg) -> Outcome:
-    """Train to the end or to the next handover, then write down what it took."""
+    """Train to the end or to the next handover, then write down what it took and what it made."""
+    config: Tuning = leg.config
     loop, learner = build_loop(leg)
+    return run(leg, loop, learner, TaskModel.of(leg), method=config.adapter.method)
+
+
+def run(leg: Leg, loop: Loop, learner: Learner, model: Model, *, method: str) -> Outcome:
+    """Run a loop; at its end write the summary, the history of evaluations and the best model."""
     outcome = loop.run()
     if outcome is Outcome.FINISHED and leg.is_first:
         state, timing = loop.state, loop.timing
@@ -47,20 +54,24 @@ def train(leg: Leg) -> Outcome:
             "total_parameters": learner.total_parameters,
         }
         leg.store.write(SUMMARY, dump_json(summary))
-        leg.store.write(
-            f"{FOLDER}/dev_history.json", dump_json([list(row) for row in state.dev_history])
-        )
+        leg.store.write(HISTORY, dump_json([list(row) for row in state.dev_history]))
+        write_final(leg, learner, model, method=method)
     return outcome
+
+
+def retrain(leg: Leg, step: int) -> Outcome:
+    """Train a leg's newest checkpoint on to `step`, for `verify-resume`."""
+    return build_loop(leg, stop_at=step)[0].run()
 
 
 def build_loop(leg: Leg, *, stop_at: int | None = None) -> tuple[Loop, Learner]:
     """Everything the loop needs, from the task's configuration and its data folder."""
-    config: MedicalQA = leg.config
+    config: Tuning = leg.config
     ranks = Ranks.of(leg.peers)
     if config.train.deterministic:
         make_deterministic()
-    learner = learner_for(leg, ranks.device, packed=True)
-    report = data.read_report(leg)
+    learner = TaskModel.of(leg).learner(ranks.device, packed=True)
+    report = read_report(leg)
     return (
         Loop(
             leg=leg,
@@ -71,10 +82,12 @@ def build_loop(leg: Leg, *, stop_at: int | None = None) -> tuple[Loop, Learner]:
             loss=CausalLoss(
                 learner.network,
                 compute_dtype=Precision.choose(config.train.precision, ranks.device).dtype,
+                compiled=is_compiled(config.train, ranks.device),
             ),
-            train=TokenFile(leg.folder / data.FOLDER, "train"),
-            dev=TokenFile(leg.folder / data.FOLDER, "dev"),
-            folder=FOLDER,
+            train=TokenFile(leg.folder / DATA, "train"),
+            dev=TokenFile(leg.folder / DATA, "dev"),
+            versions=report.get("versions", 1),
+            folder=TRAIN,
             identity={
                 "base": learner.base_fingerprint,
                 "data": report["sha256"]["train.tokens"][:16],
@@ -87,17 +100,10 @@ def build_loop(leg: Leg, *, stop_at: int | None = None) -> tuple[Loop, Learner]:
     )
 
 
-def learner_for(leg: Leg, device: torch.device, *, packed: bool) -> Learner:
-    """The task's model: for training (`packed`) or, on the same base, for evaluation."""
-    config: MedicalQA = leg.config
-    return build_learner(
-        config.model,
-        config.adapter,
-        base_folder=leg.folder / data.BASE,
-        revision=leg.plan.pins.get(pin_key(config.model), ""),
-        device=device,
-        compute_dtype=Precision.choose(config.train.precision, device).dtype,
-        packed=packed,
-        seed=config.train.seed,
-        activation_checkpointing=packed and config.train.activation_checkpointing,
-    )
+def read_report(leg: Leg) -> dict[str, Any]:
+    """What the data stage counted: `rows`, `tokens` and `sha256` by name of the file.
+
+    `versions` is how often the training file holds every sample, one an epoch; 1 if left out.
+    """
+    report: dict[str, Any] = json.loads(leg.store.read(f"{DATA}/report.json"))
+    return report

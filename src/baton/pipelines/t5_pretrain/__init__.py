@@ -1,0 +1,1 @@
+"""T5 from random weights on millions of prompt-response pairs: data, train, eval."""

@@ -1,0 +1,107 @@
+"""The repeated layers of a model: compiled one by one, recomputing where memory is short."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import logging
+import shutil
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from baton.train.config import TrainConfig
+
+log = logging.getLogger(__name__)
+
+# Kinds of layers, with and without gradients, each for one size and then for any size.
+_MOST_COMPILED = 64
+
+
+def layers_of(network: PreTrainedModel) -> list[torch.nn.Module]:
+    """The model's repeated layers, in order: the units of compiling and of recomputing."""
+    return [m for m in network.modules() if isinstance(m, GradientCheckpointingLayer)]
+
+
+def why_not_compiled(device: torch.device) -> str:
+    """Why layers cannot be compiled for this GPU; empty if they can."""
+    if torch.cuda.get_device_capability(device) < (7, 0):
+        return f"{torch.cuda.get_device_name(device)} is too old for Triton"
+    if importlib.util.find_spec("triton") is None:
+        return "the triton package is missing"
+    # Triton builds a small launcher in C for every kernel.
+    if not any(shutil.which(name) for name in ("cc", "gcc", "clang")):
+        return "no C compiler (install gcc)"
+    return ""
+
+
+def is_compiled(config: TrainConfig, device: torch.device) -> bool:
+    """Does a run with this configuration compile? Says why not, where one could expect it."""
+    if not config.compile or device.type != "cuda":
+        return False
+    why = "deterministic: true" if config.deterministic else why_not_compiled(device)
+    if why:
+        log.warning("layers are not compiled, training is slower: %s", why)
+    return not why
+
+
+def compile_layers(network: PreTrainedModel) -> None:
+    """Compile every repeated layer at its first call.
+
+    Layers of one shape share the code, made for packs of any size; what torch caches on disk
+    makes it quick in a later leg.
+    """
+    torch._dynamo.config.recompile_limit = _MOST_COMPILED
+    for layer in layers_of(network):
+        layer.forward = _of_any_size(torch.compile(layer.forward))
+    # Or the first layer, whose input has no gradient, would need code of its own.
+    network.enable_input_require_grads()
+
+
+def _of_any_size(compiled: Callable[..., Any]) -> Callable[..., Any]:
+    """Say of everything as long as the pack, and of its edges, that their size will change.
+
+    Left to itself the compiler starts with fixed sizes, and compiles again whenever another
+    one of them changes for the first time.
+    """
+
+    @functools.wraps(compiled)
+    def forward(hidden: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        for tensor in tree_leaves((hidden, args, kwargs)):
+            if isinstance(tensor, torch.Tensor):
+                if tensor.ndim > 1 and tensor.shape[1] == hidden.shape[1]:
+                    torch._dynamo.maybe_mark_dynamic(tensor, 1)
+                elif tensor.ndim == 1:
+                    torch._dynamo.maybe_mark_dynamic(tensor, 0)
+        return compiled(hidden, *args, **kwargs)
+
+    return forward
+
+
+def recompute_layers(network: PreTrainedModel, count: int | None = None) -> None:
+    """Let `count` layers, spread evenly, make their activations anew in the backward pass.
+
+    All of them by default. After `compile_layers`, if both.
+    """
+    layers = layers_of(network)
+    count = len(layers) if count is None else count
+    for number, layer in enumerate(layers):
+        if (number + 1) * count // len(layers) > number * count // len(layers):
+            layer.forward = _recomputing(layer.forward)
+    # Frozen embeddings would otherwise cut the graph below the first checkpoint.
+    network.enable_input_require_grads()
+
+
+def _recomputing(forward: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(forward)
+    def recomputed(*args: Any, **kwargs: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return forward(*args, **kwargs)
+        return checkpoint(forward, *args, use_reentrant=False, **kwargs)
+
+    return recomputed

@@ -1,0 +1,46 @@
+"""The checkpoint that answers: the best by dev score or loss that is whole."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+
+from baton.errors import DamagedError, NameMissing
+from baton.store.base import Store
+from baton.store.checkpoint import Checkpoints
+from baton.train.state import badness
+
+log = logging.getLogger(__name__)
+
+TRAIN = "train"
+HISTORY = f"{TRAIN}/dev_history.json"
+
+
+def fetch_best(checkpoints: Checkpoints, store: Store, target: Path, *, task: str) -> int:
+    """Copy the best checkpoint that is whole to `target`; returns its step.
+
+    Before training is finished there is no history of dev losses: the newest is taken then.
+
+    Raises:
+        DamagedError: there is none.
+    """
+    try:
+        history = json.loads(store.read(HISTORY))
+    except NameMissing:
+        history = []
+    rank = {int(row[0]): badness(row) for row in history}
+    # Of equals the earlier, as retention keeps it; of those never evaluated the newest.
+    steps = sorted(
+        checkpoints.everywhere(), key=lambda s: (rank[s], s) if s in rank else (float("inf"), -s)
+    )
+    for step in steps:
+        try:
+            checkpoints.fetch_anywhere(step, target)
+            return step
+        except DamagedError as error:
+            log.warning("%s; the next best checkpoint is used instead", error)
+    raise DamagedError(
+        f"{task}: no checkpoint is whole; remove train/done.json from the task's folder"
+        " and submit again to train anew"
+    )

@@ -1,0 +1,56 @@
+"""What training made, as one folder that other tools load: `train/final`."""
+
+from __future__ import annotations
+
+import shutil
+
+from baton.record import dump_json
+from baton.stage import Leg
+from baton.train.adapters import FOLDER as ADAPTER
+from baton.train.learner import Learner
+from baton.train.state import MODEL
+from baton.tuning.best import TRAIN, fetch_best
+from baton.tuning.model import Model
+
+FINAL = f"{TRAIN}/final"
+# Written last: where it is, everything is.
+TASK = "task.json"
+
+
+def write_final(leg: Leg, learner: Learner, model: Model, *, method: str) -> None:
+    """Put the best weights, the tokenizer and the resolved configuration below `train/final`.
+
+    An adapter is a folder for `PeftModel.from_pretrained`, a fully trained model one for
+    `from_pretrained` of its own class. `task.json` says what it is and where it comes from.
+    """
+    checkpoints = leg.checkpoints(f"{TRAIN}/checkpoints")
+    best, final = leg.folder / ".best-final", leg.folder / ".final"
+    shutil.rmtree(final, ignore_errors=True)
+    final.mkdir()
+    step = fetch_best(checkpoints, leg.store, best, task=leg.task.name)
+    if method == "full":
+        learner.network.config.save_pretrained(final)
+        learner.network.generation_config.save_pretrained(final)
+        shutil.copyfile(best / MODEL, final / MODEL)
+    else:
+        shutil.copytree(best / ADAPTER, final, dirs_exist_ok=True)
+    model.tokenizer().save_pretrained(final)
+    leg.check_fence()
+    for name in list(leg.store.names(FINAL)):
+        leg.store.delete(name)
+    for path in sorted(path for path in final.rglob("*") if path.is_file()):
+        leg.store.upload(path, f"{FINAL}/{path.relative_to(final).as_posix()}")
+    about = {
+        "notice": leg.notice,
+        "experiment": leg.plan.experiment,
+        "digest": leg.plan.digest,
+        "task": leg.task.name,
+        "pipeline": leg.plan.pipeline,
+        "model": model.description(),
+        "method": method,
+        "step": step,
+        "config": leg.task.config,
+    }
+    leg.store.write(f"{FINAL}/{TASK}", dump_json(about))
+    shutil.rmtree(best)
+    shutil.rmtree(final)
