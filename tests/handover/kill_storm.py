@@ -36,8 +36,10 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent))
 
 from far import Far, far_store
-from lab import Lab, Task, differences
+from lab import EXPERIMENT, Lab, Task, differences
 from zygote import Leg, Zygote
+
+from baton.pipelines import PIPELINES
 
 # Every way of training, with dropout on; 24 steps, a save every 4, an evaluation every 6.
 SETTINGS = {
@@ -61,8 +63,14 @@ SETTINGS = {
     "eval.generate.batch_size": "4",
     "eval.generate.max_new_tokens": "8",
 }
-SAVE_EVERY = int(SETTINGS["train.save_every_steps"])
-NAMES = ("lora", "qlora", "full", "lora_fp16", "lora_bf16")
+# The way of training -> the experiment it is a task of: every pipeline in baton's table.
+EXPERIMENTS = {
+    **dict.fromkeys(("lora", "qlora", "full", "lora_fp16", "lora_bf16"), "smoke/medical_qa"),
+    **{p: f"smoke/{p}" for p in sorted(PIPELINES) if p != "medical_qa"},
+}
+NAMES = tuple(EXPERIMENTS)
+# Of the other pipelines the first task, as their smoke file has it.
+OTHERS = {"train.log_every_steps": "1"}
 # More legs in a row than this without anything durable, and baton rightly gives up.
 BARREN_LEGS = 2
 # A leg of these tasks lasts about two seconds; later moments hit nothing.
@@ -261,7 +269,7 @@ def storm_one(
 ) -> None:
     """Take one task through kills to its end, and compare."""
     url = far.url() if far else ""
-    machines = [lab.task(SETTINGS, name=name, url=url) for _ in range(2 if far else 1)]
+    machines = [_task(lab, name, url) for _ in range(2 if far else 1)]
     folder = Path(tempfile.mkdtemp(dir=lab.folder, prefix="storm-"))
     runs = Runs(machines, far, rng, folder, tally)
     where = f"{name} in {url or machines[0].store.name}"
@@ -301,6 +309,13 @@ def storm_one(
     for finished in machines:
         shutil.rmtree(finished.machine or finished.store)
     shutil.rmtree(folder)
+
+
+def _task(lab: Lab, name: str, url: str = "") -> Task:
+    experiment = EXPERIMENTS[name]
+    if experiment == EXPERIMENT:
+        return lab.task(SETTINGS, name=name, url=url)
+    return lab.task(OTHERS, url=url, experiment=experiment)
 
 
 def _leg(lab: Lab, task: Task, blow: Blow | None, log: Path) -> tuple[int, bool]:
@@ -344,8 +359,8 @@ def _check(task: Task, blow: Blow, status: int, log: Path, tally: Tally) -> None
     lost = max(0, reached - max(task.steps(), default=0))
     tally.max_lost_steps = max(tally.max_lost_steps, lost)
     problems = []
-    if lost > SAVE_EVERY:
-        problems.append(f"lost {lost} steps, the save interval is {SAVE_EVERY}")
+    if lost > task.save_every_steps:
+        problems.append(f"lost {lost} steps, the save interval is {task.save_every_steps}")
     if status == 75:
         record = task.legs()[-1]
         if lost:
@@ -394,7 +409,7 @@ def storm(
     )
     try:
         lab = Lab(zygote or own, folder)  # type: ignore[arg-type]
-        tasks = {name: lab.task(SETTINGS, name=name) for name in names}
+        tasks = {name: _task(lab, name) for name in names}
         with ThreadPoolExecutor(parallel) as pool:
             references = dict(zip(names, pool.map(lab.reference, tasks.values()), strict=True))
             print(f"{time.monotonic() - tally.started:6.1f} s  references done", flush=True)

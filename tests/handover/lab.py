@@ -66,6 +66,12 @@ class Task:
     def checkpoints(self) -> Path:
         return self.folder / "train" / "checkpoints"
 
+    @property
+    def save_every_steps(self) -> int:
+        plan = json.loads(self.plan.read_bytes())
+        [config] = [task["config"] for task in plan["tasks"] if task["name"] == self.name]
+        return int(config["train"]["save_every_steps"])
+
     def steps(self) -> list[int]:
         """Steps with a manifest, oldest first."""
         found = self.checkpoints.glob("step-*/manifest.json")
@@ -110,11 +116,13 @@ class Lab:
         name: str = "",
         store: Path | None = None,
         url: str = "",
+        experiment: str = EXPERIMENT,
     ) -> Task:
         """A task of a fresh store, remote with `url`. `settings` are `--set` words over `TINY`."""
-        key = tuple(sorted({**TINY, **(settings or {})}.items()))
+        base = TINY if experiment == EXPERIMENT else {}
+        key = (("", experiment), *sorted({**base, **(settings or {})}.items()))
         if key not in self._plans:
-            self._plans[key] = self._freeze(dict(key))
+            self._plans[key] = self._freeze(experiment, dict(key[1:]))
         frozen = self._plans[key]
         plan = json.loads(frozen.read_bytes())
         machine = Path(tempfile.mkdtemp(dir=self.folder, prefix="store-"))
@@ -210,10 +218,10 @@ class Lab:
         leg.wait()
         return leg, trace.read_text().splitlines()
 
-    def _freeze(self, settings: Mapping[str, str]) -> Path:
+    def _freeze(self, experiment: str, settings: Mapping[str, str]) -> Path:
         folder = Path(tempfile.mkdtemp(dir=self.folder, prefix="plan-"))
         words = [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
-        leg = self.zygote.start(["plan", EXPERIMENT, "--json", *words], log=folder / "plan.json")
+        leg = self.zygote.start(["plan", experiment, "--json", *words], log=folder / "plan.json")
         assert leg.wait() == 0, leg.text
         return folder / "plan.json"
 
