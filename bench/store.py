@@ -84,7 +84,8 @@ def dedup(_: S3Server, folder: Path) -> bool:
     sent: list[int] = []
     events = store._bucket.client.meta.events
     events.register(
-        "before-send.s3", lambda request, **_: sent.append(int(request.headers["Content-Length"]))
+        "before-send.s3",
+        lambda request, **_: sent.append(int(request.headers.get("Content-Length", 0))),
     )
     local = mirror.local
     local.write("data/train.tokens", os.urandom(64 * 2**20))
