@@ -35,9 +35,9 @@ test: setup check  ## everything that needs no GPU
 test-fast: setup  ## the tests that take seconds
 	$(BIN)/python -m pytest -q -n 2 -m "not slow" --ignore tests/slurm --ignore tests/stores $(ARGS)
 
-test-slurm: setup  ## install a real Slurm from apt, boot it, run the Slurm tests, stop it
-	bash tests/services/slurm_install.sh
-	$(BIN)/python -m pytest -q tests/slurm $(ARGS)
+test-slurm: setup  ## install a real Slurm and Docker from apt, boot them, run the Slurm tests, stop them
+	bash tests/services/slurm_install.sh && bash tests/services/docker_install.sh
+	$(BIN)/python -m pytest -q -n 3 --dist worksteal tests/slurm $(ARGS)
 
 test-stores: setup  ## the stores: moto and a small Hub, then a real S3 server from apt (Ceph)
 	bash tests/services/ceph_install.sh

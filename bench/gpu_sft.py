@@ -1,10 +1,12 @@
 """Supervised fine-tuning on one GPU: the training loop beside its peers, each in a fresh process.
 
-    python bench/gpu_sft.py [lora qlora lora_memory qlora_memory raft raft_memory
+    python bench/gpu_sft.py [lora qlora lora_memory qlora_memory raft
+                             raft_memory_1 raft_memory_2 raft_memory_4
                              reference trl trainer] [--steps 16]
 
 Random weights of the published shape; samples of random tokens with lognormal lengths (median
-230, sigma 0.6, 32 to 1,024), of which a quarter is prompt, or of 4,096 tokens for `raft`.
+230, sigma 0.6, 32 to 1,024), of which a quarter is prompt, or of 4,096 tokens for `raft`
+(4 samples a step; `raft_memory_2` takes them 2 at a time, with activations made anew).
 Prints, for each arm, real tokens a second after the first steps, the peak of memory, the wall
 time with loading and compiling, and loss and gradient norm of the first step, which every arm
 shares with `reference`: PEFT and transformers in float32. `trl` and `trainer` need those packages
@@ -98,15 +100,18 @@ ARMS = {
     "lora_memory": Arm(shape=QWEN25_3B, method="lora", batch=96, budget=10240, recompute=True),
     "qlora_memory": Arm(shape=QWEN25_3B, method="qlora", batch=96, budget=10240, recompute=True),
     "raft": Arm(shape=QWEN25_7B, method="lora", batch=4, budget=16384, rank=64, length=4096),
-    "raft_memory": Arm(
-        shape=QWEN25_7B,
-        method="lora",
-        batch=4,
-        budget=8192,
-        recompute=True,
-        rank=64,
-        length=4096,
-    ),
+    **{
+        f"raft_memory_{batch}": Arm(
+            shape=QWEN25_7B,
+            method="lora",
+            batch=4,
+            budget=4096 * batch,
+            recompute=True,
+            rank=64,
+            length=4096,
+        )
+        for batch in (1, 2, 4)
+    },
 }
 
 

@@ -65,6 +65,14 @@ stop_for_good() {
   exit 78
 }
 
+# The work is saved and this job starts nothing more. Not 0, which releases who waits for this
+# job; not 75, which a cluster's RequeueExit may requeue. $1 is the status of a leg that failed.
+leave() {
+  note "verdict=left reason='$2'"
+  if [ "$1" = 75 ]; then exit 79; fi
+  exit "$1"
+}
+
 # A field of Slurm's record of this job; empty where there is none.
 field() { scontrol -o show job "$job" 2>/dev/null | tr ' ' '\n' | sed -n "s/^$1=//p" || true; }
 
@@ -82,12 +90,11 @@ was_cancelled() {
     [[ ! $(field Reason) =~ ^(TimeLimit|NodeDown)$ ]]
 }
 
-# Let another leg go on. $1 is the exit status where nothing may be started.
+# Let another leg go on, after one that ended in $1.
 start_again() {
   local refused
   if [ "$requeue_how" = never ]; then
-    note "verdict=left reason='BATON_REQUEUE=never'"
-    exit "$1"
+    leave "$1" 'requeue is set to never: submit again to go on'
   fi
   if was_requeued; then
     note "verdict=requeued by=slurm"
@@ -95,10 +102,12 @@ start_again() {
   fi
   if was_cancelled; then
     # Asked to, Slurm would start even a cancelled job again.
-    note "verdict=left reason='the job was cancelled'"
-    exit 75
+    leave "$1" 'the job was cancelled'
   fi
-  if [ "$requeue_how" = auto ]; then
+  if [ "$requeue_how" = auto ] && [ "$(field Requeue)" = 0 ]; then
+    # Somebody's --no-requeue, or JobRequeue=0 of a cluster: this job shall not start twice.
+    note "this job may not be requeued (--no-requeue)"
+  elif [ "$requeue_how" = auto ]; then
     # Said before, because a requeue kills this script at once.
     note "verdict=requeued by=leg.sh"
     for _ in {1..60}; do
@@ -116,22 +125,15 @@ start_again() {
 
 # Submit the same as a job of its own, and let who waits for this job wait for that one.
 resubmit() {
-  local words=(--parsable) script=${BATON_SCRIPT:-} new
-  if [ -n "${SLURM_ARRAY_TASK_ID:-}" ]; then words+=(--array="$SLURM_ARRAY_TASK_ID"); fi
+  local script=${BATON_SCRIPT:-} copy='' new
+  # What the job waited for is over, or it would not have run.
+  words=(--parsable --dependency=)
+  option array "${SLURM_ARRAY_TASK_ID:-}"
   if [ -z "$script" ]; then
-    # Options of the command line are in no script; these are the ones that say where to run.
-    script=$(mktemp)
-    scontrol write batch_script "$SLURM_JOB_ID" "$script" >/dev/null
-    words+=(--job-name="$SLURM_JOB_NAME" --partition="$SLURM_JOB_PARTITION"
-      --nodes="$SLURM_JOB_NUM_NODES" --time="$(squeue -h -j "$job" -o %l)"
-      --output="$(field StdOut)" --chdir="$(field WorkDir)")
-    if [ -n "${SLURM_JOB_ACCOUNT:-}" ]; then words+=(--account="$SLURM_JOB_ACCOUNT"); fi
-    if [ -n "${SLURM_JOB_QOS:-}" ]; then words+=(--qos="$SLURM_JOB_QOS"); fi
-    if [ -n "${SLURM_NTASKS:-}" ]; then words+=(--ntasks="$SLURM_NTASKS"); fi
-    if [ -n "${SLURM_CPUS_PER_TASK:-}" ]; then words+=(--cpus-per-task="$SLURM_CPUS_PER_TASK"); fi
-    if [ -n "${SLURM_MEM_PER_NODE:-}" ]; then words+=(--mem="$SLURM_MEM_PER_NODE"); fi
-    if [ -n "${SLURM_MEM_PER_CPU:-}" ]; then words+=(--mem-per-cpu="$SLURM_MEM_PER_CPU"); fi
-    if [ -n "$(field TresPerNode)" ]; then words+=(--gres="$(field TresPerNode)"); fi
+    copy=$(mktemp) script=$copy
+    scontrol write batch_script "$SLURM_JOB_ID" "$script" >/dev/null ||
+      leave 75 'Slurm does not give its script out, see above: submit again to go on'
+    options_of_this_job
     set -- "${arguments[@]}"
   else
     set --
@@ -140,29 +142,70 @@ resubmit() {
     # What Slurm says about this job is no wish about the next.
     for name in $(compgen -e | grep '^SLURM_' | grep -vx SLURM_CONF); do unset "$name"; done
     sbatch "${words[@]}" "$script" "$@"
-  )
+  ) || leave 75 'it could not be submitted again, see above: submit again to go on'
+  if [ -n "$copy" ]; then rm -f "$copy"; fi
   new=${new%%;*}${SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}
   move_dependents "$new"
   note "verdict=resubmitted as=$new"
-  # Not 0, which releases who waits; not 75, which RequeueExit may requeue.
-  exit 1
+  exit 79
+}
+
+option() {
+  case $2 in
+    '' | '(null)') ;;
+    *) words+=("--$1=$2") ;;
+  esac
+}
+
+# Options of the command line are in no script; these say where and how a job runs.
+options_of_this_job() {
+  option job-name "$SLURM_JOB_NAME"
+  option partition "$SLURM_JOB_PARTITION"
+  option account "${SLURM_JOB_ACCOUNT:-}"
+  option qos "${SLURM_JOB_QOS:-}"
+  option reservation "${SLURM_JOB_RESERVATION:-}"
+  option nodes "$SLURM_JOB_NUM_NODES"
+  option ntasks "${SLURM_NTASKS:-}"
+  option ntasks-per-node "${SLURM_NTASKS_PER_NODE:-}"
+  option cpus-per-task "${SLURM_CPUS_PER_TASK:-}"
+  option mem "${SLURM_MEM_PER_NODE:-}"
+  option mem-per-cpu "${SLURM_MEM_PER_CPU:-}"
+  option mem-per-gpu "${SLURM_MEM_PER_GPU:-}"
+  option gpus "${SLURM_GPUS:-}"
+  option gpus-per-node "${SLURM_GPUS_PER_NODE:-}"
+  option gpus-per-task "${SLURM_GPUS_PER_TASK:-}"
+  if [ -z "${SLURM_GPUS_PER_NODE:-}" ]; then
+    # `gres:gpu:a100:2`, since 23.02 `gres/gpu:a100:2`.
+    option gres "$(field TresPerNode | sed -E 's#(^|,)gres[:/]#\1#g')"
+  fi
+  option constraint "$(field Features)"
+  option nodelist "$(field ReqNodeList)"
+  option exclude "$(field ExcNodeList)"
+  option time "$(squeue -h -j "$job" -o %l)"
+  option signal "B:USR2@$grace"
+  option chdir "$PWD"
+  option output "$(scontrol show job "$job" | sed -n 's/^ *StdOut=//p')"
+  if [ "$(field OverSubscribe)" = NO ]; then words+=(--exclusive); fi
+  if [ "$(field Requeue)" = 0 ]; then words+=(--no-requeue); fi
 }
 
 # Jobs that wait for this job's success wait for job $1's from now on: this one ends without.
 move_dependents() {
-  local waiting what
+  local waiting what array=${SLURM_ARRAY_JOB_ID:-none}
   while read -r waiting what; do
     what=${what//(unfulfilled)/}
     if [[ :${what//,/:}: == *:"$job":* ]]; then
       what=$(sed -E "s/:$job(:|,|\$)/:$1\1/g" <<<"$what")
-    elif [[ $what == aftercorr:"${SLURM_ARRAY_JOB_ID:-}"_\* &&
-      $waiting == *_"${SLURM_ARRAY_TASK_ID:-}" ]]; then
+    elif [[ $what == aftercorr:"$array"_\* && $waiting == *_"${SLURM_ARRAY_TASK_ID:-}" ]]; then
       what=afterok:$1
+    elif [[ ,$what, == *,afterany:"$array"_\*,* ]]; then
+      what+=,afterany:$1
     else
       continue
     fi
-    scontrol update jobid="$waiting" dependency="$what"
-    note "job $waiting waits for $1 instead"
+    if scontrol update jobid="$waiting" dependency="$what"; then
+      note "job $waiting waits for $what now"
+    fi
   done < <(squeue -h -r -t PENDING -u "$(id -un)" -o '%i %E')
 }
 
@@ -239,6 +282,13 @@ choose_runtime() {
   esac
 }
 
+# Print what this node would have to have and has not; false where nothing is missing.
+missing_program() {
+  local program=${baton[0]}
+  if [ "$runtime" = pyxis ]; then return 1; fi
+  ! command -v "$program" >/dev/null && echo "$program"
+}
+
 # --- what to run ----------------------------------------------------------------------------
 
 # Print the plan of an experiment and its tasks. It is frozen once a job: a later leg must not take
@@ -263,11 +313,6 @@ frozen_plan() {
 
 main() {
   baton=() step=() status=0
-  # --no-requeue and JobRequeue=0 are defaults, which a job's owner may change while it runs; once
-  # Slurm is ending it, for a preemption, it is too late.
-  if [ "$requeue_how" = auto ]; then
-    scontrol update jobid="$job" requeue=1 >/dev/null 2>&1 || true
-  fi
   if [ $# = 0 ]; then stop_for_good "usage: leg.sh PLAN_JSON [TASK], or leg.sh EXP"; fi
   # An exported token is kept by Slurm with the job; one in a file that only its owner reads is not.
   if [ -n "${BATON_ENV_FILE:-}" ]; then
@@ -321,6 +366,10 @@ main() {
 
   if [ -n "$asked" ]; then
     status=75
+  elif missing=$(missing_program); then
+    # As baton's own errors begin, so that `baton status` quotes it.
+    echo "error: there is no $missing on ${SLURMD_NODENAME:-$(hostname)}, which BATON_RUNTIME=$runtime needs"
+    status=127
   else
     note "started host=$(hostname) nodes=${SLURM_JOB_NUM_NODES:-1} processes=${SLURM_NTASKS:-1}"
     # A process that ends early must not take down its peers, which may be saving; --wait ends those
@@ -337,7 +386,8 @@ main() {
 
   # --- what an exit status means --------------------------------------------------------------
   #   0      finished: COMPLETED, and who waits for it may start
-  #   75     handed over: again, as often as it takes (baton stops what makes no progress)
+  #   75     handed over: again, as often as it takes (baton stops what makes no progress); 79 where
+  #          this job starts nothing more: a new job goes on, or a person
   #   78     stopped: FAILED, running again cannot help
   #   138, 140, 143  died of USR1, USR2 or TERM before it could listen: as 75
   #   other  failed: again, BATON_RETRIES times in a row, then FAILED

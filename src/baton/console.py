@@ -145,10 +145,14 @@ def status_table(plan: Plan, statuses: Sequence[TaskStatus]) -> Table:
 def job_legs_table(legs: Sequence[JobLeg]) -> Table:
     """Every leg of a task as the scheduler remembers it."""
     table = Table(title="legs, as Slurm remembers them (UTC)", title_justify="left")
-    for name in ("job", "state", "why it ended", "nodes", "started", "ended", "lasted", "GPUs"):
-        table.add_column(name, justify="right" if name in ("lasted", "GPUs") else "left")
+    numbers = ("leg", "durable", "lasted", "GPUs")
+    for name in ("leg", "job", "state", "why it ended", "durable", "nodes", "started", "ended"):
+        table.add_column(name, justify="right" if name in numbers else "left")
+    for name in ("lasted", "GPUs"):
+        table.add_column(name, justify="right")
     for leg in legs:
-        cells = (leg.job, leg.state, leg.why, leg.nodes, leg.started, leg.ended)
+        number, step = ("" if n is None else str(n) for n in (leg.leg, leg.durable_step))
+        cells = (number, leg.job, leg.state, leg.why, step, leg.nodes, leg.started, leg.ended)
         table.add_row(*map(escape, (*cells, duration(leg.seconds), str(leg.gpus))))
     return table
 

@@ -81,6 +81,11 @@ def build_plan(experiment: Experiment, *, created: str) -> Plan:
     pipeline = pipeline_of(experiment)
     tasks: list[TaskPlan] = []
     problems: dict[str, None] = {}
+    split: list[str] = []
+    try:
+        split = experiment.split(pipeline.stage_names)
+    except ConfigError as error:
+        problems |= dict.fromkeys(error.problems)
     for point in experiment.points():
         try:
             config = decode(pipeline.config, point.document.data, document=point.document)
@@ -109,6 +114,7 @@ def build_plan(experiment: Experiment, *, created: str) -> Plan:
         digest=digest,
         tasks=tasks,
         fingerprints=fingerprints,
+        split=split,
         created=created,
         baton_version=baton.__version__,
     )

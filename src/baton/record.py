@@ -71,7 +71,8 @@ class Plan(Record):
 
     `digest` identifies what is to be computed: pipeline, configurations and the fingerprints
     of local input files. `pins` holds what was looked up once, at the first submission (the
-    commit behind a revision), so that every later leg uses the same.
+    commit behind a revision), so that every later leg uses the same. `split` names stages that
+    get a job of their own where there is a queue; a later submission may say otherwise.
     """
 
     experiment: str
@@ -80,6 +81,7 @@ class Plan(Record):
     tasks: list[TaskPlan]
     fingerprints: dict[str, str] = field(default_factory=dict)
     pins: dict[str, str] = field(default_factory=dict)
+    split: list[str] = field(default_factory=list)
     created: str
     baton_version: str
 

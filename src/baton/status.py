@@ -16,7 +16,10 @@ from baton.store.mirror import CANCELLED, durable_step, is_mirror
 
 @dataclass(frozen=True, kw_only=True)
 class JobLeg:
-    """One run of a task's job, as the scheduler remembers it; times are UTC."""
+    """One run of a task's job, as the scheduler remembers it; times are UTC.
+
+    `leg` and `durable_step` are those of our own record, None where a leg left none.
+    """
 
     job: str
     state: str
@@ -26,6 +29,8 @@ class JobLeg:
     ended: str
     seconds: int
     gpus: int
+    leg: int | None = None
+    durable_step: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

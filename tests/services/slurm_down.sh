@@ -11,7 +11,7 @@ stop() {
   [ -s "$1" ] || return 0
   pid=$(cat "$1")
   kill "$pid" 2>/dev/null || return 0
-  for _ in $(seq 100); do
+  for _ in $(seq 600); do
     kill -0 "$pid" 2>/dev/null || return 0
     sleep 0.1
   done
@@ -28,6 +28,10 @@ if [ -s "$dir/run/slurmctld.pid" ]; then
     sleep 0.1
   done
 fi
+# All at once, then wait for one after the other.
+for pid_file in "$dir"/run/{slurmd.*,slurmctld}.pid; do
+  if [ -s "$pid_file" ]; then kill "$(cat "$pid_file")" 2>/dev/null; fi
+done
 for pid_file in "$dir"/run/slurmd.*.pid "$dir"/run/{slurmctld,slurmdbd,mysql,munged}.pid; do
   stop "$pid_file"
 done

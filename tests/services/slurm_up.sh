@@ -48,7 +48,7 @@ patiently() {
   return 1
 }
 
-mkdir -p "$dir"/{etc,run,log,state,spool,dev}
+mkdir -p "$dir"/{etc,run,log,state,spool,dev,tmp}
 # The signature check of munge is useless below a folder that others may write to.
 chmod 755 "$dir" "$dir"/*
 
@@ -68,7 +68,9 @@ done
 echo "Name=gpu Type=fake File=$dir/dev/gpu[0-1]" >"$dir/etc/gres.conf"
 
 {
-  # A credential's life delays the second start of a requeued job: 6 s here, 121 s by default.
+  # A credential's life delays the second start of a requeued job: 8 s here, 121 s by default.
+  # Time-outs are for a busy machine: none of them is waited for when all goes well, except
+  # SlurmdTimeout by who takes a node away. Accounts are enforced, as on most clusters.
   cat <<CONF
 ClusterName=baton
 SlurmctldHost=$host(127.0.0.1)
@@ -77,7 +79,7 @@ SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
 CryptoType=crypto/munge
-AuthInfo=socket=$dir/run/munge.sock,cred_expire=5
+AuthInfo=socket=$dir/run/munge.sock,cred_expire=7
 StateSaveLocation=$dir/state
 SlurmdSpoolDir=$dir/spool/%n
 SlurmctldPidFile=$dir/run/slurmctld.pid
@@ -95,10 +97,12 @@ JobAcctGatherFrequency=5
 PropagateResourceLimits=NONE
 ReturnToService=2
 SlurmctldTimeout=30
-SlurmdTimeout=10
-KillWait=15
-UnkillableStepTimeout=30
-BatchStartTimeout=20
+SlurmdTimeout=20
+KillWait=60
+UnkillableStepTimeout=120
+BatchStartTimeout=120
+MessageTimeout=60
+TCPTimeout=20
 MinJobAge=600
 SchedulerType=sched/backfill
 SchedulerParameters=bf_interval=2,bf_resolution=1,sched_interval=2,batch_sched_delay=0,sched_min_interval=0
@@ -113,6 +117,7 @@ AccountingStorageHost=127.0.0.1
 AccountingStoragePort=$((base + 9))
 AccountingStoragePass=$dir/run/munge.sock
 AccountingStorageTRES=gres/gpu
+AccountingStorageEnforce=associations,limits
 CONF
   if [ -n "$requeue_exit" ]; then echo "RequeueExit=$requeue_exit"; fi
   if [ "$user_signal" = yes ]; then echo "SlurmctldParameters=preempt_send_user_signal"; fi
@@ -124,14 +129,16 @@ CONF
   cat <<CONF
 PartitionName=main Nodes=ALL Default=YES MaxTime=1:00:00 DefMemPerCPU=500 PriorityTier=5 PreemptMode=OFF
 PartitionName=low Nodes=ALL MaxTime=1:00:00 DefMemPerCPU=500 PriorityTier=1 PreemptMode=REQUEUE
-PartitionName=lowgrace Nodes=ALL MaxTime=1:00:00 DefMemPerCPU=500 PriorityTier=1 PreemptMode=REQUEUE GraceTime=20
-PartitionName=lowcancel Nodes=ALL MaxTime=1:00:00 DefMemPerCPU=500 PriorityTier=1 PreemptMode=CANCEL GraceTime=20
+PartitionName=lowgrace Nodes=ALL MaxTime=1:00:00 DefMemPerCPU=500 PriorityTier=1 PreemptMode=REQUEUE GraceTime=60
+PartitionName=lowcancel Nodes=ALL MaxTime=1:00:00 DefMemPerCPU=500 PriorityTier=1 PreemptMode=CANCEL GraceTime=60
 PartitionName=high Nodes=ALL MaxTime=1:00:00 DefMemPerCPU=500 PriorityTier=10 PreemptMode=OFF
 CONF
 } >"$dir/etc/slurm.conf"
 export SLURM_CONF=$dir/etc/slurm.conf
 
 # --- accounting: a private database on a socket, then slurmdbd ------------------------------
+# Two databases that are made at the same moment would share names in /tmp.
+export TMPDIR=$dir/tmp
 if [ ! -d "$dir/mysql" ]; then
   mkdir "$dir/mysql"
   mariadb-install-db --no-defaults --user=root --datadir="$dir/mysql" \
@@ -142,7 +149,7 @@ mariadbd --no-defaults --user=root --datadir="$dir/mysql" --socket="$dir/run/mys
   --innodb-buffer-pool-size=64M --innodb-lock-wait-timeout=900 \
   --innodb-flush-log-at-trx-commit=0 </dev/null >"$dir/log/mysql.log" 2>&1 &
 mysql=(mariadb --no-defaults --user=root --socket="$dir/run/mysql.sock")
-patiently 30 "${mysql[@]}" -e 'select 1'
+patiently 120 "${mysql[@]}" -e 'select 1'
 "${mysql[@]}" -e "create database if not exists slurm_acct_db;
   create user if not exists 'slurm'@'127.0.0.1' identified by 'slurm';
   grant all on slurm_acct_db.* to 'slurm'@'127.0.0.1'"
@@ -164,9 +171,12 @@ LogFile=$dir/log/slurmdbd.log
 PidFile=$dir/run/slurmdbd.pid
 CommunicationParameters=NoInAddrAny
 CONF
+unset TMPDIR
 slurmdbd
-patiently 30 timeout 5 sacctmgr -n show cluster
-for words in "cluster baton" "account test cluster=baton" "user root account=test cluster=baton"; do
+patiently 120 timeout 5 sacctmgr -n show cluster
+# In account `small`, nobody may have more than one job.
+for words in "cluster baton" "account test cluster=baton" "user root account=test" \
+  "account small cluster=baton MaxSubmitJobs=1" "user root account=small cluster=baton"; do
   # shellcheck disable=SC2086  # words of a command
   sacctmgr -i -Q add $words >/dev/null 2>&1 || true # added by an earlier start
 done
@@ -175,5 +185,5 @@ done
 slurmctld
 for i in $(seq "$nodes"); do slurmd -N "n$i"; done
 all_idle() { [ "$(sinfo -h -N -p main -o %t | grep -cx idle)" = "$nodes" ]; }
-patiently 60 all_idle
+patiently 120 all_idle
 sinfo -N -p main -o '%N %t %c cores %m MB %G'

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -37,13 +39,18 @@ def slurm(cluster: Cluster) -> Iterator[Cluster]:
 
 @pytest.fixture(scope="session")
 def reference(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Task]:
-    """The long task without interruption, once for each number of processes."""
-    done: dict[int, Task] = {}
+    """The long task without interruption, once for each number of processes and all workers."""
+    base = tmp_path_factory.getbasetemp()
+    base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
 
     def run(processes: int = 1) -> Task:
-        if processes not in done:
-            store = tmp_path_factory.mktemp(f"reference-{processes}")
-            done[processes] = run_locally(store, words_of(LONG), "lora_long", processes)
-        return done[processes]
+        store = base / f"reference-{processes}"
+        store.mkdir(exist_ok=True)
+        with open(store / "lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            task = Task(store, "lora_long")
+            if not (task.folder / "eval" / "done.json").exists():
+                task = run_locally(store, words_of(LONG), "lora_long", processes)
+        return task
 
     return run

@@ -16,7 +16,6 @@ from cluster import (
     REPOSITORY,
     TINY,
     Cluster,
-    Job,
     Task,
     assert_as_if_uninterrupted,
     processes_of,
@@ -24,25 +23,14 @@ from cluster import (
     words_of,
 )
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 NAME = "smoke/medical_qa/lora_long"
 
 
-def test_an_array_runs_every_task_of_an_experiment(slurm: Cluster, tmp_path: Path) -> None:
-    experiment = ["smoke/medical_qa", *words_of(TINY)]
-    store = {"BATON_STORE": str(tmp_path)}
-    alone = slurm.sbatch(JOB, *experiment, env=store)
-    array = slurm.sbatch("--array=0-1", JOB, *experiment, env=store)
-    for index in range(2):
-        assert Job(slurm, f"{array.number}_{index}").wait() == "COMPLETED"
-    for name in ("lora_a", "lora_b"):
-        assert Task(tmp_path, name).legs()[0]["state"] == "finished"
-    assert alone.wait() == "FAILED"
-    assert "2 tasks (lora_a lora_b): name one, or sbatch --array=0-1" in alone.output
-    # Submitting again is resuming: what is finished is left alone.
-    again = slurm.sbatch("--array=1", JOB, *experiment, env=store)
-    assert Job(slurm, f"{again.number}_1").wait() == "COMPLETED"
-    assert len(Task(tmp_path, "lora_b").legs()) == 1
+def test_a_job_for_one_task_of_several_says_how_to_name_it(slurm: Cluster, tmp_path: Path) -> None:
+    job = slurm.sbatch(JOB, "smoke/medical_qa", *words_of(TINY), env={"BATON_STORE": str(tmp_path)})
+    assert job.wait() == "FAILED"
+    assert "2 tasks (lora_a lora_b): name one, or sbatch --array=0-1" in job.output
 
 
 def test_a_later_leg_keeps_to_the_plan_of_the_first(slurm: Cluster, tmp_path: Path) -> None:
@@ -59,7 +47,8 @@ def test_a_later_leg_keeps_to_the_plan_of_the_first(slurm: Cluster, tmp_path: Pa
     text = experiment.read_text()
     assert "learning_rate: 5e-3" in text
     experiment.write_text(text.replace("learning_rate: 5e-3", "learning_rate: 1e-3"))
-    slurm("scontrol", "requeue", job.number)
+    with slurm.held(job):
+        slurm("scontrol", "requeue", job.number)
     assert job.wait() == "COMPLETED"
     assert len(list(tmp_path.glob("store/*/*/plan.json"))) == 1
     assert len(list(manifest.parents[3].glob("legs/*.json"))) == 2
@@ -70,29 +59,32 @@ def test_two_processes_hand_over_on_one_node_and_on_two(
 ) -> None:
     task = Task(tmp_path, "lora_long")
     words = [JOB, NAME, *words_of(LONG)]
-    # One node, and only the second process hears the signal.
+    # One node, and only the second process hears the signal. RequeueExit=75 would start a job
+    # again that is to be left alone.
     job = slurm.sbatch(
         *("--nodelist=n1", "--ntasks-per-node=2", *words),
         env={"BATON_STORE": str(tmp_path), "BATON_REQUEUE": "never"},
     )
     task.wait_for_step(30)
-    slurm.configure(requeue_exit=False)
-    os.kill(processes_of(job)[1], signal.SIGUSR2)
+    with slurm.held(job):
+        os.kill(processes_of(job)[1], signal.SIGUSR2)
     assert job.wait() == "FAILED"
-    assert job.field("ExitCode") == "75:0"
+    assert (job.field("ExitCode"), job.restarts) == ("79:0", 0)
     [first] = task.legs()
     assert (first["state"], first["processes"]) == ("handed_over", 2)
 
     # Two nodes, of which one is taken away.
+    slurm.configure(requeue_exit=False)
     job = slurm.sbatch(
         *("--partition=low", "--nodelist=n1,n2", "--nodes=2", "--exclusive", *words),
         env={"BATON_STORE": str(tmp_path)},
     )
     task.wait_for_step(first["durable_step"] + 30)
-    slurm.sbatch("--partition=high", "--exclusive", "--nodelist=n2", "--wrap=sleep 1")
-    states = job.states_until_end()
-    assert states[-1] == "COMPLETED"
-    assert "FAILED" not in states
+    with slurm.held(job):
+        slurm.sbatch("--partition=high", "--exclusive", "--nodelist=n2", "--wrap=true")
+        job.wait_for_preemption()
+    assert job.wait() == "COMPLETED"
+    assert job.legs() == ["PREEMPTED", "COMPLETED"]
     assert [leg["processes"] for leg in task.legs()] == [2, 2, 2]
     assert_as_if_uninterrupted(task, reference(2), legs=3)
 
@@ -106,7 +98,8 @@ def test_legs_that_leave_nothing_durable_behind_stop_with_the_reason(
     # The first leg makes the data durable, the next three nothing.
     for leg in range(1, 5):
         until(lambda leg=leg: f"starting task=lora_long leg={leg} " in task.log, f"leg {leg}")
-        os.kill(processes_of(job)[0], signal.SIGKILL)
+        with slurm.held(job):
+            os.kill(processes_of(job)[0], signal.SIGKILL)
     assert job.wait() == "FAILED"
     assert job.field("ExitCode") == "78:0"
     assert "3 legs in a row left nothing durable behind" in task.log
@@ -128,16 +121,17 @@ def test_a_token_stands_nowhere(slurm: Cluster, tmp_path: Path) -> None:
     )
     task = Task(store, "lora_long")
     task.wait_for_step(10)
-    variables = Path(f"/proc/{processes_of(job)[0]}/environ").read_text()
+    with slurm.held(job):
+        variables = Path(f"/proc/{processes_of(job)[0]}/environ").read_text()
+        shown = {
+            "scontrol show job": slurm("scontrol", "show", "job", "-dd", job.number),
+            "the batch script": slurm("scontrol", "write", "batch_script", job.number, "-"),
+            "sacct": slurm("sacct", "-j", job.number, "--format=ALL"),
+            "argv": "\n".join(_arguments()),
+        }
+        slurm("scancel", job.number)
     assert exported in variables, "the leg itself must have them"
     assert in_file in variables
-    shown = {
-        "scontrol show job": slurm("scontrol", "show", "job", "-dd", job.number),
-        "the batch script": slurm("scontrol", "write", "batch_script", job.number, "-"),
-        "sacct": slurm("sacct", "-j", job.number, "--format=ALL"),
-        "argv": "\n".join(_arguments()),
-    }
-    slurm("scancel", job.number)
     job.wait()
     shown["the job's output"] = job.output
     for path in (*store.rglob("*"), *(slurm.folder / "log").iterdir()):

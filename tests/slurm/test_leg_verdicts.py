@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from cluster import HERE, LEG, Cluster, Job, processes_of, until
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 
 @dataclass
@@ -96,7 +96,7 @@ def test_exit_statuses_end_a_job_as_their_table_says(scripted: Scripted) -> None
     exits = {name: job.field("ExitCode") for name, job in jobs.items()}
     assert exits["crash"] == "1:0"
     assert exits["wrong"] == "78:0"
-    assert exits["left"] == "75:0"
+    assert exits["left"] == "79:0"
     assert "retries were used up" in scripted.log("crash")
     assert "deaf" in scripted.legs("early")[0]
     assert "signal=TERM" in scripted.log("late"), "it was asked before it was out of time"
@@ -137,8 +137,10 @@ def test_where_a_requeue_is_refused_the_element_is_submitted_again(scripted: Scr
     (folder / "scontrol").chmod(0o755)
     scripted.task("a", "0")
     scripted.task("b", "75 0")
+    # Held until those who wait for it are there.
     array = scripted.submit(
         "--array=0-1",
+        "--hold",
         "--job-name=refused",
         env={"BATON_TASKS": "a b", "PATH": f"{folder}:{os.environ['PATH']}"},
     )
@@ -148,14 +150,40 @@ def test_where_a_requeue_is_refused_the_element_is_submitted_again(scripted: Scr
         "--kill-on-invalid-dep=yes",
         f"--wrap=wc -l < {scripted.store}/b.legs > {scripted.store}/seen.$SLURM_ARRAY_TASK_ID",
     )
+    report = scripted.slurm.sbatch(
+        f"--dependency=afterany:{array.number}",
+        f"--wrap=wc -l < {scripted.store}/b.legs > {scripted.store}/seen.report",
+    )
+    scripted.slurm("scontrol", "release", array.number)
     assert Job(scripted.slurm, f"{array.number}_1").wait() == "FAILED"
     for index in range(2):
         assert Job(scripted.slurm, f"{after.number}_{index}").wait() == "COMPLETED"
+    assert report.wait() == "COMPLETED"
+    assert (scripted.store / "seen.report").read_text().strip() == "2", "the report came too early"
     assert "requeue was refused: not here" in scripted.log("b")
     first, second = scripted.legs("b")
     assert (scripted.store / "seen.1").read_text().strip() == "2", "it waited for the new job"
     # The legs of one submission, as the crash-loop rule counts them.
     assert first.split()[2] == second.split()[2] == f"submission=slurm:{array.number}_1"
+
+
+def test_where_nothing_can_be_submitted_either_a_person_is_told(scripted: Scripted) -> None:
+    """An `sbatch` that refuses what leg.sh submits stands for a limit of an account."""
+    folder = scripted.store / "bin"
+    folder.mkdir()
+    real = scripted.slurm("sh", "-c", "command -v sbatch")
+    (folder / "sbatch").write_text(
+        '#!/bin/sh\ncase " $* " in *" --dependency= "*) echo too many jobs >&2; exit 1 ;; esac\n'
+        f'exec {real} "$@"\n'
+    )
+    (folder / "sbatch").chmod(0o755)
+    scripted.task("a", "75 0")
+    path = f"{folder}:{os.environ['PATH']}"
+    job = scripted.submit(tasks="a", env={"BATON_REQUEUE": "resubmit", "PATH": path})
+    assert job.wait() == "FAILED"
+    assert job.field("ExitCode") == "79:0"
+    assert "too many jobs" in scripted.log("a")
+    assert "verdict=left reason='it could not be submitted again, see above" in scripted.log("a")
 
 
 def test_a_controller_that_is_away_for_a_moment_is_waited_for(scripted: Scripted) -> None:
@@ -192,12 +220,21 @@ def test_what_cannot_run_is_said_and_not_tried_again(scripted: Scripted) -> None
             "--gpus-per-node=2", tasks="a"
         ),
     }
+    # Another node may have it, so this may be tried again.
+    elsewhere = scripted.submit(
+        tasks="a",
+        env={"BATON_RUNTIME": "apptainer", "BATON_IMAGE": "x", "BATON_RETRIES": "0"},
+    )
     for said, job in jobs.items():
         element = Job(scripted.slurm, f"{job.number}_7") if "index 7" in said else job
         assert element.wait() == "FAILED"
         log = scripted.store / "tasks" / "a" / "log.txt"
         assert said in element.output + (log.read_text() if log.exists() else "")
         assert element.field("ExitCode") == "78:0"
+    assert elsewhere.wait() == "FAILED"
+    assert elsewhere.field("ExitCode") == "127:0"
+    missing = f"error: there is no apptainer on {elsewhere.field('NodeList')}, which BATON_RUNTIME="
+    assert missing in scripted.log("a")
     assert scripted.legs("a") == []
 
 

@@ -50,6 +50,7 @@ def submit(
     from baton.handover import StopSignal
     from baton.launchers.base import Drill
     from baton.launchers.choose import launcher_for
+    from baton.record import replace
 
     target = Target.fresh(exp, settings, site, store)
     tasks, plan, root = target.tasks, target.plan, target.root
@@ -68,8 +69,9 @@ def submit(
     if dry_run:
         path = path_of(root, plan)
         click.echo(f"would write {path}" if not path.exists() else f"plan {path}")
-        for task in set(tasks) - set(waiting):
-            click.echo(f"would skip: {task} is {states[task]}")
+        for task in tasks:
+            if task not in waiting:
+                click.echo(f"would skip: {task} is {states[task]}")
         click.echo(launcher.preview(target.request(waiting)))
         return
     path = target.place.freeze(plan)
@@ -84,7 +86,9 @@ def submit(
         click.echo(f"and {len(at_work) - _AT_MOST_NAMED} more, left alone")
     from baton.console import view
 
-    frozen = Target(plan=read(path), tasks=tasks, site_name=site, place=target.place)
+    # How stages share jobs is no part of what is computed: it may change at every submission.
+    submitted = replace(read(path), split=plan.split)
+    frozen = Target(plan=submitted, tasks=tasks, site_name=site, place=target.place)
     if launcher.waits:
         stop.install()
     with view() as shown:

@@ -16,7 +16,7 @@ from baton.errors import ConfigError
 
 _TASK_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 # Keys of an experiment file that are not part of a task's configuration.
-OWN_KEYS = ("pipeline", "matrix")
+OWN_KEYS = ("pipeline", "matrix", "split")
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,23 @@ class Experiment:
                 f"{document.place(('pipeline',))}: pipeline: missing; name one, e.g. medical_qa"
             )
         return cls(name, pipeline, document)
+
+    def split(self, stages: Sequence[str]) -> list[str]:
+        """Which of the pipeline's stages get a job of their own on sites that have a queue.
+
+        Raises:
+            ConfigError: `split` is no list of names, or names a stage that there is not.
+        """
+        named = self.document.data.get("split") or []
+        where = f"{self.document.place(('split',))}: split"
+        if not isinstance(named, list):
+            raise ConfigError(f"{where}: expected a list of stages such as [data], got {named!r}")
+        for stage in named:
+            if stage not in stages:
+                raise ConfigError(
+                    f"{where}: {self.pipeline} has the stages {', '.join(stages)}; got {stage!r}"
+                )
+        return [str(stage) for stage in named]
 
     def points(self) -> Iterator[Point]:
         """Every combination of the matrix, first axis slowest.

@@ -113,8 +113,8 @@ class SlurmSite:
         mounts: `/host:/container[:ro]` for a container; the store is always mounted.
         venv: the virtual environment of `runtime: none`; default: the one that submits.
         setup: shell lines before each leg, such as `module load cuda`.
-        requeue: `auto` requeues a leg that handed over, `resubmit` submits a new job (for
-            clusters that forbid requeueing), `never` leaves it to a person.
+        requeue: `auto` requeues a leg that handed over, or submits it as a new job where that
+            is refused; `resubmit` always does the latter; `never` leaves it to a person.
         stages: stages that get a job of their own, and what it asks for.
         collect: write table and report in a last job, on the python that submits.
     """

@@ -11,7 +11,7 @@ from baton.errors import ConfigError
 from baton.launchers.base import Request
 from baton.launchers.batch import COLLECT, Batch
 from baton.launchers.submissions import Submission, Submissions, SubmittedJob
-from baton.pipelines import PIPELINES
+from baton.pipelines import PIPELINES, Pipeline
 from baton.runner import done_marker, task_store
 
 
@@ -45,14 +45,21 @@ class Chain:
 def plan_chain(
     request: Request, site: SlurmSite, submissions: Submissions, home: Path, most: int | None
 ) -> Chain:
-    """Cut the tasks' stages into jobs; `most` tasks at once, if the caller has a wish."""
+    """Cut the tasks' stages into jobs; `most` tasks at once, if the caller has a wish.
+
+    A stage gets a job of its own when the experiment (`split`) or the site (`stages`) says so.
+    """
     number = submissions.next_number()
     folder = submissions.folder(number)
     prefix = f"{request.plan.experiment}/{request.plan.digest}"
-    stages = _last_stages(request, site) + ([COLLECT] if site.collect else [])
+    pipeline = PIPELINES[request.plan.pipeline]()
+    parts = _parts(request, site, pipeline) + ([(COLLECT,)] if site.collect else [])
+    cpu_stages = (*pipeline.cpu_stages, COLLECT)
+    # A job for the whole of a task runs it to its end, whichever stage that is.
+    stages = ["" if part == pipeline.stage_names else part[-1] for part in parts]
     batches = [
         Batch(
-            site=_site_of(stage, site),
+            site=_site_of(part, site, cpu_stages),
             name=submissions.job_name(prefix, number, stage),
             stage=stage,
             elements=1 if stage == COLLECT else len(request.tasks),
@@ -63,7 +70,7 @@ def plan_chain(
             folder=folder,
             home=home,
         )
-        for stage in stages
+        for part, stage in zip(parts, stages, strict=True)
     ]
     jobs = [SubmittedJob(name=batch.name, stage=batch.stage) for batch in batches]
     submitted = submissions.now()
@@ -71,32 +78,34 @@ def plan_chain(
     return Chain(record, batches)
 
 
-def _site_of(stage: str, site: SlurmSite) -> SlurmSite:
-    if stage == COLLECT and COLLECT not in site.stages:
-        return site.without_gpu()
-    return site.for_stage(stage) if stage else site
+def _site_of(part: Sequence[str], site: SlurmSite, cpu_stages: Sequence[str]) -> SlurmSite:
+    """The site as the job of these stages sees it."""
+    if part[-1] in site.stages:
+        return site.for_stage(part[-1])
+    return site.without_gpu() if set(part) <= set(cpu_stages) else site
 
 
-def _last_stages(request: Request, site: SlurmSite) -> list[str]:
-    """The last stage of each job; a single job has none: it runs all there are."""
-    names = PIPELINES[request.plan.pipeline]().stage_names
+def _parts(request: Request, site: SlurmSite, pipeline: Pipeline) -> list[tuple[str, ...]]:
+    """The stages of each job, in order."""
+    names = pipeline.stage_names
     unknown = [stage for stage in site.stages if stage not in (*names, COLLECT)]
     if unknown:
         raise ConfigError(
             f"stages.{unknown[0]}: {request.plan.pipeline} has the stages {', '.join(names)}"
         )
-    own = [stage for stage in names if stage in site.stages]
-    if not own:
-        return [""]
-    # A stage with a job of its own also ends the job before it.
-    following = (*names[1:], None)
-    ends = [
-        stage
-        for stage, then in zip(names, following, strict=True)
-        if stage in own or then in own or then is None
-    ]
+    own = {*site.stages, *request.plan.split}
+    parts: list[tuple[str, ...]] = []
+    for stage in names:
+        if parts and stage not in own and parts[-1][-1] not in own:
+            parts[-1] += (stage,)
+        else:
+            parts.append((stage,))
     stores = [task_store(request.store_root, request.plan, task) for task in request.tasks]
+
+    def is_behind(part: Sequence[str]) -> bool:
+        return all(store.path(done_marker(part[-1])).exists() for store in stores)
+
     # What every task has behind it needs no job any more.
-    while len(ends) > 1 and all(store.path(done_marker(ends[0])).exists() for store in stores):
-        ends.pop(0)
-    return ends
+    while len(parts) > 1 and is_behind(parts[0]):
+        parts.pop(0)
+    return parts

@@ -229,6 +229,9 @@ class LocalLauncher:
             view.event(leg.task, "cancelled")
             return ExitStatus.STOP
         if status == ExitStatus.HANDED_OVER:
+            # A leg that saved what it did: what fails after it has not failed in a row.
+            if record and record.position_at_end != record.position:
+                failures[leg.task] = 0
             step = record.durable_step if record else None
             kept = "nothing to resume from yet" if step is None else f"step {step} is durable"
             view.event(leg.task, f"handed over, {kept}{reason}")
@@ -243,7 +246,7 @@ class LocalLauncher:
             failures[leg.task] += 1
             killed += _last_words(store, reason)
         if failures[leg.task] > self.site.retries:
-            view.event(leg.task, f"{killed}; given up after {failures[leg.task]} failures")
+            view.event(leg.task, f"{killed}; given up after {failures[leg.task]} failures in a row")
             return ExitStatus.FAILED
         view.event(leg.task, f"{killed}; starting again")
         return ExitStatus.HANDED_OVER if self.stop.is_set else None

@@ -12,6 +12,8 @@ from baton.launchers.slurm_commands import lines_of, run
 # A job in one of these states will still do something by itself.
 _AT_WORK = ("RUNNING", "CONFIGURING", "COMPLETING", "STAGE_OUT", "SIGNALING", "RESIZING", "STOPPED")
 _WAITING = ("PENDING", "SUSPENDED", "REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD", "SPECIAL_EXIT")
+# What slurm/leg.sh ends a job with that Slurm then calls FAILED.
+_HANDED_OVER = {"75": "handed over", "79": "handed over to another job, or to a person"}
 _WHY = {
     "TIMEOUT": "reached its time limit",
     "OUT_OF_MEMORY": "needed more memory than memory_gb gives",
@@ -80,8 +82,8 @@ class Past:
             return ""
         status, _, signal = self.exit_code.partition(":")
         how = f"signal {signal}" if signal not in ("", "0") else f"exit status {status}"
-        if self.state == "FAILED" and how == "exit status 75":
-            return "handed over"
+        if self.state == "FAILED" and status in _HANDED_OVER:
+            return _HANDED_OVER[status]
         return _WHY.get(self.state, f"{self.state.lower().replace('_', ' ')}, {how}")
 
 

@@ -28,8 +28,8 @@ from baton.launchers.sacct import past, queued
 from baton.launchers.saving import slowest_save
 from baton.launchers.slurm_status import join
 from baton.launchers.submissions import Submissions
-from baton.legs import utc_now
-from baton.record import dump_json
+from baton.legs import Legs, utc_now
+from baton.record import LegRecord, dump_json
 from baton.runner import task_store
 from baton.status import TaskStatus
 from baton.store.local import LocalStore
@@ -144,7 +144,12 @@ class SlurmLauncher:
             return list(statuses)
         since = min(record.submitted for record in self._submissions(request).all())
         names = list(tasks_of)
-        joined = join(statuses, tasks_of, queued(names), past(names, since=since))
+
+        def records_of(task: str) -> Sequence[LegRecord]:
+            store = task_store(request.store_root, request.plan, task)
+            return Legs(store, task, self.now).history()
+
+        joined = join(statuses, tasks_of, queued(names), past(names, since=since), records_of)
         return [self._with_last_words(request, status) for status in joined]
 
     def _with_last_words(self, request: Request, status: TaskStatus) -> TaskStatus:

@@ -20,6 +20,7 @@ class Pipeline:
         load_retrain: returns what trains a leg's newest checkpoint on to a given step, for
             `verify-resume`.
         load_answer: returns what makes a trained task answer, for `generate`.
+        cpu_stages: those that need no GPU; split off, their jobs ask for none.
     """
 
     name: str
@@ -28,6 +29,7 @@ class Pipeline:
     load_stages: Callable[[], tuple[Stage, ...]]
     load_retrain: Callable[[], Callable[[Leg, int], Outcome]]
     load_answer: Callable[[], Callable[[Trained], Answerer]]
+    cpu_stages: tuple[str, ...] = ("data",)
 
 
 def _load_tuning() -> Callable[[Leg, int], Outcome]:

@@ -84,12 +84,41 @@ def test_gpu_hours_are_summed_over_all_legs(submitted: Any) -> None:
     row = status(submitted)["one"]
     assert row["gpu_hours"] == 3.0
     assert [(each["state"], each["why"], each["nodes"]) for each in row["job_legs"]] == [
-        ("PREEMPTED", "was preempted", "n1"),
+        ("PREEMPTED", "SIGUSR2 asked to stop; was preempted", "n1"),
         ("RUNNING", "", "n2"),
     ]
     shown = submitted("status", "trial/one", "--site", "here").out
     assert "was preempted" in shown
     assert "3.00" in shown
+
+
+def test_every_leg_says_why_it_ended_and_what_was_durable(submitted: Any) -> None:
+    leg(submitted, "one", started="2026-01-01T00:00:09.500+00:00", durable_step=40)
+    accounting(
+        submitted,
+        "70_0|REQUEUED|0:15|2026-01-01T00:00:00|2026-01-01T01:00:00|3600||n1",
+        "70_0|NODE_FAIL|0:0|2026-01-01T02:00:00|2026-01-01T02:00:05|5||n2",
+        "912_0|FAILED|79:0|2026-01-01T03:00:00|2026-01-01T03:00:05|5||n2",
+    )
+    [first, second, third] = status(submitted)["one"]["job_legs"]
+    assert (first["leg"], first["durable_step"]) == (1, 40)
+    assert first["why"] == "SIGUSR2 asked to stop; was requeued"
+    assert (second["leg"], second["why"]) == (None, "its node was lost")
+    assert third["why"] == "handed over to another job, or to a person"
+    shown = submitted("status", "trial/one", "--site", "here").out
+    assert "SIGUSR2 asked to stop" in shown
+
+
+def test_a_task_that_nobody_starts_again_is_left(submitted: Any) -> None:
+    leg(submitted, "one")
+    accounting(submitted, "70_0|FAILED|79:0|2026-01-01T00:00:00|2026-01-01T00:00:05|5||n1")
+    found = status(submitted)["one"]
+    assert (found["state"], found["reason"]) == (
+        "left",
+        "SIGUSR2 asked to stop; nothing of it is in the queue: submit again to go on",
+    )
+    assert submitted("logs", "trial/one", "--site", "here", "-f").status == 78, "it has no log"
+    assert "one: left -> run" in submitted("plan", "trial", "--site", "here").out
 
 
 @pytest.mark.parametrize(

@@ -227,3 +227,23 @@ def test_attention_without_lengths_is_one_causal_sample():
     expected = torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True)
     assert weights is None
     assert torch.allclose(out.transpose(1, 2), expected, atol=1e-6)
+
+
+def test_a_padded_pack_has_edges_and_pads_without_labels(samples):
+    source = samples([([5, 6, 7], 1), ([8, 9], 0)])
+    batch = collate(source, [0, 1], device=CPU, pad_to=8)
+    assert batch.input_ids.shape == batch.position_ids.shape == (1, 8)
+    assert batch.lengths == (3, 2, 3)
+    assert batch.edges.dtype == torch.int32
+    # The number of edges is a multiple, so that few shapes occur; empty samples fill it up.
+    assert batch.edges.tolist() == [0, 3, 5, *[8] * 14]
+    assert batch.labels.tolist() == [6, 7, 9]
+    assert batch.longest >= 3
+
+
+def test_pads_are_no_longer_than_a_sample_may_be(samples):
+    # Beyond its longest sample the kernel writes nothing, not even zeros.
+    source = samples([([1] * 600, 1)])
+    batch = collate(source, [0], device=CPU, pad_to=4096)
+    assert sum(batch.lengths) == 4096
+    assert max(batch.lengths) <= batch.longest
