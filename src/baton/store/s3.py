@@ -139,7 +139,8 @@ class S3Store:
             if self._bucket.size(self._key(name)) == path.stat().st_size:
                 reused.append(item)
             else:
-                self._send(path, self._key(name))
+                # Its name says what it holds, and it was looked at right before.
+                self._send(path, self._key(name), sha256=name.rpartition("/")[2])
 
         def send(item: tuple[str, bytes | Path]) -> None:
             name, data = item
@@ -212,11 +213,12 @@ class S3Store:
             except (NameTaken, NameMissing):
                 raise FencedError(f"{self._what(name)} was taken over by somebody else") from None
 
-    def _send(self, source: Path, key: str, *, exclusive: bool = False) -> None:
+    def _send(self, source: Path, key: str, *, exclusive: bool = False, sha256: str = "") -> None:
         with open(source, "rb") as file:
             size = os.fstat(file.fileno()).st_size
             if size > PART_BYTES:
-                self._bucket.put_parts(key, file.fileno(), size, exclusive=exclusive)
+                whole = sha256 or hashlib.file_digest(file, "sha256").hexdigest()
+                self._bucket.put_parts(key, file.fileno(), size, whole, exclusive=exclusive)
             elif exclusive:
                 self._bucket.create(key, file.read())
             else:
@@ -362,17 +364,16 @@ class Bucket:
         match = seen if self.can.quoted else seen.strip('"')
         return self._put_once(key, data, os.urandom(8).hex(), {"IfMatch": match})
 
-    def put_parts(self, key: str, descriptor: int, size: int, *, exclusive: bool = False) -> None:
+    def put_parts(
+        self, key: str, descriptor: int, size: int, sha256: str, *, exclusive: bool = False
+    ) -> None:
         """Send a large file in parts, several at once; it appears when the last one is there."""
         part_bytes = max(PART_BYTES, -(-size // _MAX_PARTS))
-        whole = hashlib.sha256()
-        for start in range(0, size, 2**20):
-            whole.update(os.pread(descriptor, 2**20, start))
         checked = {"ChecksumAlgorithm": "SHA256"} if self._over_tls else {}
         begun = self._ask(
             f"writing {key}",
             lambda: self.client.create_multipart_upload(
-                Bucket=self.name, Key=key, Metadata={_SHA256: whole.hexdigest()}, **checked
+                Bucket=self.name, Key=key, Metadata={_SHA256: sha256}, **checked
             ),
         )
         upload = {"Bucket": self.name, "Key": key, "UploadId": begun["UploadId"]}
