@@ -27,11 +27,12 @@ from s3 import BUCKET, S3Server, s3_server
 
 from baton.legs import this_runner, utc_now
 from baton.record import LegRecord
-from baton.store.base import Batch
+from baton.store.base import Batch, Listed
 from baton.store.checkpoint import Checkpoints, Retention
 from baton.store.local import LocalStore
 from baton.store.mirror import Mirror
 from baton.store.open import open_remote
+from baton.store.parallel import in_parallel
 from baton.store.upload import Uploader
 
 LEAST_RATIO = 0.9
@@ -54,9 +55,8 @@ def transfer(server: S3Server, folder: Path, megabytes: int, rounds: int) -> boo
         # As checkpoints are sent: their SHA-256 is known from the save.
         name = f"blobs-{number}/{sha256}"
         key = f"transfer/boto3-{number}"
-        seconds["up"].append(
-            _timed(lambda name=name: store.commit(Batch(message="", blobs={name: source})))
-        )
+        batch = Batch(message="", blobs={name: source})
+        seconds["up"].append(_timed(lambda batch=batch: store.commit(batch)))
         seconds["up boto3"].append(
             _timed(lambda key=key: client.upload_file(str(source), BUCKET, key))
         )
@@ -130,11 +130,12 @@ def many(_: S3Server, folder: Path) -> bool:
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
     def look() -> None:
-        count = 0
-        for listed in store.listing("objects"):
-            assert store.read(listed.name) == listed.name.encode()
-            count += 1
-        assert count == OBJECTS
+        def is_whole(listed: Listed) -> bool:
+            return store.read(listed.name) == listed.name.encode()
+
+        found = list(in_parallel(is_whole, store.listing("objects")))
+        assert len(found) == OBJECTS
+        assert all(found)
 
     seconds = _timed(look)
     growth = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before

@@ -73,7 +73,8 @@ class Leg:
     """All that a stage needs to know about where, when and for whom it runs.
 
     `store` is the task's folder; names in it are relative to the task. `notice` must stand
-    first in whatever the stage writes for people.
+    first in whatever the stage writes for people. `mirror` is there when `store` copies a
+    remote one, and `uploader` in the process that sends to it.
     """
 
     plan: Plan

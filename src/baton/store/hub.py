@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import os
 import random
@@ -540,8 +541,16 @@ def _is_conflict(error: Exception) -> bool:
 
 def _is_of_network(error: Exception) -> bool:
     """Is this an answer of the server, or of whatever carries requests to it?"""
-    # hf_xet reports trouble on the way as Python's own ConnectionError.
-    known = (HfHubHTTPError, OfflineModeIsEnabled, LocalTokenNotFoundError, ConnectionError)
+    # hf_xet reports trouble on the way as Python's own ConnectionError; an answer that was
+    # cut off or changed on the way is no JSON.
+    known = (
+        HfHubHTTPError,
+        OfflineModeIsEnabled,
+        LocalTokenNotFoundError,
+        ConnectionError,
+        json.JSONDecodeError,
+        UnicodeDecodeError,
+    )
     if isinstance(error, known):
         return True
     return type(error).__module__.partition(".")[0] in _NETWORK_MODULES

@@ -11,7 +11,7 @@ from pathlib import Path
 from baton.errors import DamagedError
 from baton.store.parallel import in_parallel
 
-PART_BYTES = 16 * 2**20
+PART_BYTES = 8 * 2**20
 _READ_BYTES = 2**20
 
 

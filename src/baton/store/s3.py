@@ -18,6 +18,7 @@ from typing import Any, Self
 import boto3
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError, HTTPClientError
+from botocore.parsers import ResponseParserError
 from urllib3.exceptions import HTTPError
 
 from baton.errors import ConfigError, DamagedError, FencedError, NameMissing, NameTaken, StoreError
@@ -502,8 +503,11 @@ class Bucket:
 
     def _ask(self, doing: str, request: Callable[[], Any]) -> Any:
         try:
+            with contextlib.suppress(ResponseParserError):
+                return request()
+            # An answer that was changed on the way, which botocore does not ask for again.
             return request()
-        except (ClientError, BotoCoreError, HTTPClientError) as error:
+        except (ClientError, BotoCoreError, HTTPClientError, ResponseParserError) as error:
             if is_missing(error):
                 raise NameMissing(f"{self.name}: nothing is stored there ({doing})") from None
             if is_refused_condition(error):
