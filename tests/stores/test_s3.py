@@ -153,6 +153,8 @@ def test_a_renewal_whose_answer_was_lost_is_ours(s3: Far, store: S3Store) -> Non
 def test_a_server_without_conditional_writes_is_found_out_and_named(
     s3: Far, caplog: pytest.LogCaptureFixture
 ) -> None:
+    if s3.s3 is not None and not s3.s3.is_moto:
+        pytest.skip("the headers are taken out on the way, which a server that signs notices")
     s3.proxy.rule(action="ignore", times=10**9)
     store = open_remote(s3.url())
     store.write("claim", b"1", exclusive=True)
