@@ -4,13 +4,14 @@ BIN := $(VENV)/bin
 EXP ?= medical_qa
 SITE ?= local
 N ?= 100
+STORE ?= local
 ARGS ?=
 PYTHON ?= python3
 # Where pip finds torch; for the small CPU build: TORCH_INDEX=https://download.pytorch.org/whl/cpu
 TORCH_INDEX ?=
 STAMP := $(VENV)/.installed
 # These need services that the tests' own targets install.
-ELSEWHERE := --ignore tests/slurm --ignore tests/containers
+ELSEWHERE := --ignore tests/slurm --ignore tests/containers --ignore tests/stores
 PIP := $(BIN)/python -m pip install -q --no-deps
 # Images: a pip.conf for the build (never kept), the engine's command, more words for it.
 IMAGE ?= baton
@@ -21,7 +22,7 @@ BUILD = DOCKER_BUILDKIT=1 $(DOCKER) build $(if $(PIP_CONF),$(PIP_SECRET)) \
 	--build-arg COMMIT=$$(git describe --always --dirty --abbrev=40 --exclude '*' 2>/dev/null || echo unknown) \
 	--build-arg VERSION=$$(sed -n 's/^__version__ = "\(.*\)"/\1/p' src/baton/__init__.py)
 
-.PHONY: setup demo check test test-fast test-slurm test-containers lock image image-cpu image-check kill-storm submit status collect doctor format clean
+.PHONY: setup demo check test test-fast test-slurm test-containers test-stores lock image image-cpu image-check kill-storm submit status collect doctor format clean
 
 # torch by its version alone: the index decides which of its builds fits, and that what else is needed.
 $(STAMP): pyproject.toml $(wildcard images/*.lock)
@@ -56,6 +57,11 @@ test-slurm: setup  ## install a real Slurm and Docker from apt, boot them, run t
 	bash tests/services/slurm_install.sh && bash tests/services/docker_install.sh
 	$(BIN)/python -m pytest -q -n 3 --dist worksteal tests/slurm $(ARGS)
 
+test-stores: setup  ## the stores: moto and a small Hub, then a real S3 server from apt (Ceph)
+	bash tests/services/ceph_install.sh
+	$(BIN)/python -m pytest -q -n 2 tests/stores $(ARGS)
+	bash tests/services/with_ceph.sh $(BIN)/python -m pytest -q -n 2 tests/stores/test_s3.py tests/contracts/test_store_contract.py -k s3 $(ARGS)
+
 test-containers: setup  ## install a real Docker engine from apt, build the images in it, run them
 	bash tests/services/docker_install.sh
 	$(BIN)/python -m pytest -q tests/containers $(ARGS)
@@ -70,8 +76,8 @@ image-check: setup  ## style of both Dockerfiles; size, layers, secrets and weig
 	$(BIN)/hadolint Dockerfile.cuda images/cpu.Dockerfile
 	DOCKER=$(DOCKER) bash images/check.sh $(IMAGE)
 
-kill-storm: setup  ## kill smoke tasks N times at random moments; compare every byte at the end
-	$(BIN)/python tests/handover/kill_storm.py --kills $(N) $(ARGS)
+kill-storm: setup  ## kill smoke tasks N times at random moments, STORE=local, s3 or hub; compare every byte
+	$(BIN)/python tests/handover/kill_storm.py --kills $(N) --store $(STORE) $(ARGS)
 
 submit: setup  ## make submit EXP=qlora_100k SITE=local
 	$(BIN)/baton submit $(EXP) --site $(SITE) $(ARGS)

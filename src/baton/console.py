@@ -132,6 +132,8 @@ def status_table(plan: Plan, statuses: Sequence[TaskStatus]) -> Table:
         speed = f"{s.tokens_per_s:,.0f}" if s.tokens_per_s else ""
         step = "" if s.step is None else f"{s.step}/{s.total} {s.unit}"
         durable = "" if s.durable_step is None else str(s.durable_step)
+        if s.local_step is not None and s.local_step > (s.durable_step or -1):
+            durable = f"{durable or 'none'} (here {s.local_step})"
         cells = [s.task, s.state, str(s.legs), s.stage, step, speed, duration(s.eta_seconds)]
         cells += [durable]
         if has_jobs:

@@ -14,6 +14,7 @@ from baton.config.docker_site import DockerSite
 from baton.config.home import home
 from baton.config.site import LocalSite, Site
 from baton.errors import BatonError, ExitStatus
+from baton.place import Place
 from baton.store.local import LocalStore
 
 # How each verdict is printed, and what it makes of the whole.
@@ -45,9 +46,9 @@ def exit_status(findings: Iterable[Finding]) -> ExitStatus:
     return next((status for status in order if status in found), ExitStatus.FINISHED)
 
 
-def examine(site: Site, store_root: Path) -> Iterator[Finding]:
+def examine(site: Site, place: Place) -> Iterator[Finding]:
     """Check everything about a site that can be checked from here; changes nothing."""
-    yield store_is_writable(store_root)
+    yield store_is_writable(place)
     if isinstance(site, LocalSite):
         return
     if isinstance(site, DockerSite):
@@ -72,19 +73,20 @@ def examine(site: Site, store_root: Path) -> Iterator[Finding]:
         yield Finding(verdict, about, said)
 
 
-def store_is_writable(root: Path) -> Finding:
+def store_is_writable(place: Place) -> Finding:
     """Can this process write there? Whether the nodes see it, only they know."""
-    store = LocalStore(root)
     name = f"doctor-{os.getpid()}"
     try:
-        store.write(name, b"")
-        store.delete(name)
-        (root / ".incoming").rmdir()
+        for store in (LocalStore(place.root), *([place.remote] if place.remote else [])):
+            store.write(name, b"")
+            store.delete(name)
+        (place.root / ".incoming").rmdir()
     except BatonError as error:
         return Finding("mend", "store", str(error))
     except OSError:
         pass  # somebody else is writing there at this moment
-    return Finding("ok", "store", f"{root} can be written from here")
+    copied = f", by way of {place.root}" if place.remote else ""
+    return Finding("ok", "store", f"{place.url} can be written from here{copied}")
 
 
 def leg_script() -> Finding:

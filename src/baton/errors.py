@@ -6,6 +6,7 @@
     │   ├── DataError                the input data cannot be used as the experiment asks
     │   ├── ModelError               a model or tokenizer cannot be found, loaded or used
     │   ├── FencedError              another leg owns this task
+    │   ├── StoreRefused             a store does not know us, or has no such place
     │   ├── NewerSchemaError         a record was written by a newer baton
     │   └── NoProgressError          three legs in a row left nothing durable behind
     ├── StoreError                   reading or writing a store failed
@@ -78,6 +79,12 @@ class NoProgressError(StopError):
 
 class StoreError(BatonError):
     """Reading or writing a store failed."""
+
+
+class StoreRefused(StoreError, StopError):
+    """A store does not know us, lets us not in, or has no such bucket or repository."""
+
+    exit_status = ExitStatus.STOP
 
 
 class NameMissing(StoreError):

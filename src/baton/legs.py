@@ -15,8 +15,8 @@ import psutil
 
 from baton.errors import FencedError, NameTaken, NoProgressError
 from baton.record import LegRecord, Runner, replace
-from baton.stage import read_progress
-from baton.store.local import LocalStore
+from baton.stage import progress_in
+from baton.store.base import Store
 
 # A leg that runs elsewhere and has not said anything for so long counts as lost.
 HEARTBEAT_TIMEOUT_SECONDS = 90.0
@@ -26,11 +26,15 @@ NO_PROGRESS_LEGS = 3
 
 @dataclass(frozen=True)
 class Legs:
-    """The leg records below `legs/` in a task's store."""
+    """The leg records below `legs/` in a task's store, which several machines may share.
 
-    store: LocalStore
+    `lost_after_seconds`: a leg on another machine that is silent for so long counts as lost.
+    """
+
+    store: Store
     task: str
     now: Callable[[], str]
+    lost_after_seconds: float = HEARTBEAT_TIMEOUT_SECONDS
 
     def history(self) -> list[LegRecord]:
         """Every leg so far, oldest first."""
@@ -55,9 +59,9 @@ class Legs:
         leg = self.newest()
         if leg is None or leg.runner.is_visible_from(record.runner):
             return
-        heard = read_progress(self.store.root).get("time")
+        heard = progress_in(self.store).get("time")
         while leg.state == "active" and self.is_alive(leg, record.runner, record.submission):
-            if read_progress(self.store.root).get("time") != heard:
+            if progress_in(self.store).get("time") != heard:
                 raise FencedError(self._busy(leg))
             if should_stop():
                 return
@@ -112,8 +116,8 @@ class Legs:
         return sorted(int(match[1]) for match in found if match)
 
     def _read(self, number: int) -> LegRecord:
-        path = self.store.path(self._name(number))
-        return LegRecord.from_json(self.store.read(self._name(number)), where=str(path))
+        name = self._name(number)
+        return LegRecord.from_json(self.store.read(name), where=f"{self.store.url}/{name}")
 
     def _name(self, number: int) -> str:
         return f"legs/{number:03d}.json"
@@ -126,10 +130,10 @@ class Legs:
             # Slurm runs a job once, and an engine has one container of a name: that we run means
             # that the older leg does not.
             return False
-        return self._silent_seconds(leg) < HEARTBEAT_TIMEOUT_SECONDS
+        return self._silent_seconds(leg) < self.lost_after_seconds
 
     def _silent_seconds(self, leg: LegRecord) -> float:
-        last = max(leg.started, str(read_progress(self.store.root).get("time", "")))
+        last = max(leg.started, str(progress_in(self.store).get("time", "")))
         spoken = datetime.datetime.fromisoformat(last)
         return (datetime.datetime.fromisoformat(self.now()) - spoken).total_seconds()
 
@@ -139,7 +143,7 @@ class Legs:
             f"{self.task}: leg {leg.number} is already working on this task (process {runner.pid}"
             f" on {runner.host}, since {leg.started}); wait for it, or stop it with"
             f" `baton cancel {self.task}`. A leg on another machine counts as lost"
-            f" {HEARTBEAT_TIMEOUT_SECONDS:.0f} s after its last sign of life"
+            f" {self.lost_after_seconds:.0f} s after its last sign of life"
         )
 
     def _refuse_crash_loop(self, history: list[LegRecord], record: LegRecord) -> None:

@@ -118,7 +118,8 @@ class LegRecord(Record):
 
     `position` is what was durable when the leg started, `position_at_end` when it ended: two
     equal positions mean that the leg left nothing behind. `submission` groups the legs that
-    one submission (or one Slurm job) started.
+    one submission (or one Slurm job) started. `durable_step` is in the store, `to_step` was
+    reached; `not_stored` says what the grace was too short to send.
     """
 
     task: str
@@ -133,6 +134,7 @@ class LegRecord(Record):
     from_step: int | None = None
     to_step: int | None = None
     durable_step: int | None = None
+    not_stored: list[str] = field(default_factory=list)
     position: list[int]
     position_at_end: list[int] | None = None
     exit_status: int | None = None
@@ -159,6 +161,13 @@ class Manifest(Record):
     step: int
     leg: int
     created: str
+    files: list[FileEntry]
+
+
+@dataclass(frozen=True, kw_only=True)
+class FileList(Record):
+    """Which large finished files of a task a remote store keeps under their content's name."""
+
     files: list[FileEntry]
 
 

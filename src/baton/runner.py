@@ -5,13 +5,13 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from baton.config.decode import decode
-from baton.errors import BatonError, ConfigError, ExitStatus, FencedError
+from baton.errors import BatonError, ConfigError, ExitStatus, FencedError, StoreError
 from baton.handover import StopSignal
 from baton.legs import Legs, this_runner, utc_now
 from baton.pipelines import PIPELINES
@@ -19,10 +19,16 @@ from baton.plan import files_of, fingerprint
 from baton.record import LegRecord, LegState, Plan, TaskPlan, dump_json, replace
 from baton.stage import PROGRESS_EVERY_SECONDS, Alone, Leg, Outcome, Peers, Stage
 from baton.store.local import LocalStore
+from baton.store.mirror import CANCELLED, Mirror, position_of
+from baton.store.publish import EVAL_RECORD, publish
+from baton.store.upload import Uploader, within
 
 log = logging.getLogger(__name__)
 
-CANCELLED = "cancelled.json"
+# How often a leg that waits for another machine's to fall silent looks into a remote store.
+_LOOK_SECONDS = 5.0
+# What a failed leg, and the record of an ended one, may take to reach a remote store.
+_LAST_SECONDS = 15.0
 
 
 def task_prefix(plan: Plan, task: str) -> str:
@@ -39,6 +45,7 @@ class TaskRunner:
     """Works on one task until it is finished or has to hand over.
 
     `until` is the last stage to run; the task is then finished as far as this runner goes.
+    `mirror` is there when `store` is this machine's copy of a remote one.
     """
 
     plan: Plan
@@ -46,10 +53,13 @@ class TaskRunner:
     store: LocalStore
     stop: StopSignal
     submission: str
+    mirror: Mirror | None = None
     allow_changed: Sequence[str] = ()
     until: str | None = None
     on_progress: Callable[[Mapping[str, Any]], None] | None = None
     now: Callable[[], str] = utc_now
+    uploader: Uploader | None = None
+    _card: str = ""
 
     @property
     def name(self) -> str:
@@ -62,30 +72,31 @@ class TaskRunner:
         # Decoded before anything is claimed: a plan of an older baton may not fit this one.
         config: Any = decode(pipeline.config, self.task.config, where=f"plan {self.plan.digest}")
         self.stages = _up_to(self.until, pipeline.stage_names, self.name)
-        if self._next_stage() is None:
+        stored = self.mirror.stored_names() if self.mirror else set(self.store.names())
+        if all(done_marker(stage) in stored for stage in self.stages):
             log.info("finished already task=%s", self.task.name)
             return ExitStatus.FINISHED
-        if self.store_has(CANCELLED):
+        if CANCELLED in stored or self.store_has(CANCELLED):
             raise FencedError(
                 f"{self.name} was cancelled; `baton submit {self.name}` takes it up again"
             )
         self._require_same_inputs()
         with _peers() as peers:
             legs = Legs(self.store, self.name, self.now)
-            leg = self._open(legs, config, peers)
-            try:
-                with leg.heartbeat():
+            leg = self._open(legs, config, peers, max(self.position(), self._position_in(stored)))
+            with leg.heartbeat(), self._sending(leg):
+                try:
                     stages = pipeline.load_stages()[: len(self.stages)]
                     outcome = self._run_stages(leg, stages)
-            except BaseException as error:
-                raised = self._reason_behind(leg, error)
-                self._close(legs, leg, "failed", f"{type(raised).__name__}: {raised}", raised)
-                if raised is error:
-                    raise
-                raise raised from error
-            return self._end(legs, leg, outcome)
+                except BaseException as error:
+                    raised = self._reason_behind(leg, error)
+                    self._close(legs, leg, "failed", f"{type(raised).__name__}: {raised}", raised)
+                    if raised is error:
+                        raise
+                    raise raised from error
+                return self._end(legs, leg, outcome)
 
-    def _open(self, legs: Legs, config: Any, peers: Peers) -> Leg:
+    def _open(self, legs: Legs, config: Any, peers: Peers, position: list[int]) -> Leg:
         record = LegRecord(
             task=self.task.name,
             number=0,
@@ -94,14 +105,13 @@ class TaskRunner:
             runner=this_runner(),
             processes=peers.size,
             started=self.now(),
-            position=self.position(),
+            position=position,
             environment=image_of_this_leg(),
         )
         refused: BatonError | None = None
         if peers.rank == 0:
             try:
-                legs.wait_for_silence(record, should_stop=lambda: self.stop.is_set)
-                record = legs.open(record)
+                record = self._claim(legs, record)
                 self.store.sweep()
             except BatonError as error:
                 refused = error
@@ -109,6 +119,9 @@ class TaskRunner:
         if not number:
             # The others must not wait for a first process that has given up.
             raise refused or FencedError(f"{self.task.name}: the first process may not start")
+        if self.mirror is not None and peers.rank and os.environ.get("LOCAL_RANK") == "0":
+            # On another machine than the first process; its neighbours find the files here.
+            self.mirror.pull(self.stages)
         return Leg(
             plan=self.plan,
             task=self.task,
@@ -117,7 +130,8 @@ class TaskRunner:
             store=self.store,
             stop=self.stop,
             peers=peers,
-            check_fence=lambda: legs.check_fence(number),
+            check_fence=lambda: self._check_fence(legs, number),
+            mirror=self.mirror,
             now=self.now,
             notice=_notice(config),
             allow_changed=self.allow_changed,
@@ -126,6 +140,46 @@ class TaskRunner:
                 os.environ.get("BATON_PROGRESS_SECONDS", PROGRESS_EVERY_SECONDS)
             ),
         )
+
+    def _claim(self, legs: Legs, record: LegRecord) -> LegRecord:
+        """Make the task this leg's, where all machines can see it, and bring what is there."""
+        looks: dict[str, float] = {}
+        if self.mirror is not None:
+            legs = Legs(
+                self.mirror.remote, self.name, self.now, self.mirror.version.lost_after_seconds
+            )
+            looks = {"poll_seconds": _LOOK_SECONDS}
+        legs.wait_for_silence(record, should_stop=lambda: self.stop.is_set, **looks)
+        record = legs.open(record)
+        if self.mirror is not None:
+            self.mirror.pull(self.stages)
+        return record
+
+    def _check_fence(self, legs: Legs, number: int) -> None:
+        legs.check_fence(number)
+        if self.uploader is not None:
+            self.uploader.check_fence()
+
+    @contextlib.contextmanager
+    def _sending(self, leg: Leg) -> Iterator[None]:
+        """Send what the leg makes to the remote store while it works."""
+        if self.mirror is None or not leg.is_first:
+            yield
+            return
+
+        def durable(step: int) -> None:
+            leg.amend(durable_step=step)
+            leg.report(durable_step=step)
+
+        with self.mirror.hold(wait_seconds=_LAST_SECONDS):
+            leg.uploader = self.uploader = Uploader(
+                mirror=self.mirror, record=lambda: leg.record, durable=durable
+            )
+            self.uploader.start()
+            try:
+                yield
+            finally:
+                self.uploader.close()
 
     def _reason_behind(self, leg: Leg, error: BaseException) -> BaseException:
         """A leg that was taken over from finds its files gone: that is the reason, then."""
@@ -166,12 +220,25 @@ class TaskRunner:
                 return outcome
             if leg.is_first:
                 leg.check_fence()
+                if stage is stages[-1]:
+                    self._prepare_publication(leg)
                 marker = {"stage": stage.name, "leg": leg.record.number, "finished": self.now()}
                 self.store.write(done_marker(stage.name), dump_json(marker))
             leg.log("stage finished")
             if leg.peers.agree(self.stop.is_set)[0] and stage is not stages[-1]:
                 return Outcome.HANDED_OVER
         return Outcome.FINISHED
+
+    def _prepare_publication(self, leg: Leg) -> None:
+        """Where people load models from the store, put a card beside the final weights.
+
+        It travels as every other file does, before the marker of the last stage.
+        """
+        if self.mirror is None or not self.mirror.version.publishes:
+            return
+        if not self.store_has(EVAL_RECORD):
+            return
+        self._card = publish(leg.store, self.mirror.remote.url)
 
     def _run_stage(self, leg: Leg, stage: Stage) -> Outcome:
         if stage.all_peers:
@@ -180,13 +247,32 @@ class TaskRunner:
         return Outcome(leg.peers.broadcast(outcome.value if outcome else None))
 
     def _end(self, legs: Legs, leg: Leg, outcome: Outcome) -> ExitStatus:
+        missing = self._send_rest(leg, deadline=lambda: self.stop.deadline)
+        if self.uploader is not None and self.uploader.fenced is not None:
+            fenced = self.uploader.fenced
+            self._close(legs, leg, "failed", f"FencedError: {fenced}", fenced, missing)
+            raise fenced
         if outcome is Outcome.FINISHED:
+            if missing:
+                error = StoreError(
+                    f"{self.name}: all is done here, but not all could be stored (missing:"
+                    f" {', '.join(missing[:3])}{', …' if missing[3:] else ''}); run it again"
+                    " on this machine to send the rest"
+                )
+                self._close(legs, leg, "failed", str(error), error, missing)
+                raise error
             self._close(legs, leg, "finished", "")
+            if self.mirror is not None and leg.is_first:
+                remote, card = self.mirror.version, self._card
+                within(_LAST_SECONDS, lambda: remote.task_finished(card))
             return ExitStatus.FINISHED
         if self.store_has(CANCELLED):
             self._close(legs, leg, "cancelled", "cancelled by a person")
             return ExitStatus.STOP
-        self._close(legs, leg, "handed_over", f"{self.stop.name or 'a peer'} asked to stop")
+        reason = f"{self.stop.name or 'a peer'} asked to stop"
+        if missing:
+            reason += "; the grace was too short to store everything"
+        self._close(legs, leg, "handed_over", reason, missing=missing)
         return ExitStatus.HANDED_OVER
 
     def _close(
@@ -196,9 +282,13 @@ class TaskRunner:
         state: LegState,
         reason: str,
         error: BaseException | None = None,
+        missing: Sequence[str] = (),
     ) -> None:
         if not leg.is_first:
             return
+        if error is not None and not missing:
+            give_up = leg.clock() + _LAST_SECONDS
+            missing = self._send_rest(leg, deadline=lambda: give_up)
         status = {"finished": 0, "handed_over": 75, "cancelled": 78}.get(state)
         if error is not None:
             status = error.exit_status if isinstance(error, BatonError) else ExitStatus.FAILED
@@ -210,6 +300,7 @@ class TaskRunner:
             signal=self.stop.name,
             exit_status=status,
             position_at_end=self.position(),
+            not_stored=list(missing),
         )
         # The record must not hide the error that ended the leg, on a full disk for instance.
         with contextlib.suppress(BatonError) if error is not None else contextlib.nullcontext():
@@ -223,12 +314,24 @@ class TaskRunner:
             record.durable_step,
             reason,
         )
+        if self.mirror is not None and self.uploader is not None and not self.uploader.fenced:
+            # Nothing may say afterwards that this leg is at work.
+            leg.record = record
+            self.uploader.close()
+            mirror = self.mirror
+            within(_LAST_SECONDS, lambda: mirror.close_leg(record))
+
+    def _send_rest(self, leg: Leg, *, deadline: Callable[[], float | None]) -> list[str]:
+        """Send what is not in the remote store yet; returns what could not be sent."""
+        if self.uploader is None or not leg.is_first:
+            return []
+        missing = self.uploader.finish(deadline=deadline)
+        if self.stop.is_set and not missing:
+            leg.amend(signal_to_durable_seconds=round(self.stop.seconds_since(), 3))
+        return missing
 
     def store_has(self, name: str) -> bool:
         return self.store.path(name).exists()
-
-    def _next_stage(self) -> str | None:
-        return next((s for s in self.stages if not self.store_has(done_marker(s))), None)
 
     def position(self) -> list[int]:
         """What is durable: stages done, and of the next one the newest step and the shards.
@@ -236,14 +339,10 @@ class TaskRunner:
         Grows with every bit of progress; two legs that start at the same position have
         nothing between them.
         """
-        done = sum(self.store_has(done_marker(stage)) for stage in self.stages)
-        stage = self._next_stage()
-        if stage is None:
-            return [done, 0, 0]
-        manifests = self.store.root.glob(f"{stage}/checkpoints/step-*/manifest.json")
-        steps = [int(path.parent.name.removeprefix("step-")) for path in manifests]
-        shards = sum(1 for _ in self.store.root.glob(f"{stage}/shards/*"))
-        return [done, max(steps, default=0), shards]
+        return self._position_in(set(self.store.names()))
+
+    def _position_in(self, names: Collection[str]) -> list[int]:
+        return position_of(names, self.stages)
 
 
 def _up_to(stage: str | None, stages: tuple[str, ...], task: str) -> tuple[str, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import enum
 import json
 import logging
@@ -14,11 +15,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+from baton.errors import NameMissing
 from baton.handover import StopSignal
 from baton.record import LegRecord, Plan, TaskPlan, dump_json, replace
+from baton.store.base import Store
+from baton.store.checkpoint import Checkpoints, Retention
 from baton.store.local import LocalStore
+from baton.store.mirror import PROGRESS, Mirror
+from baton.store.upload import Uploader
 
-PROGRESS = "progress.json"
 # Rewriting a small file is cheap, but a stage may report hundreds of times a second.
 PROGRESS_EVERY_SECONDS = 0.25
 HEARTBEAT_SECONDS = 10.0
@@ -68,7 +73,8 @@ class Leg:
     """All that a stage needs to know about where, when and for whom it runs.
 
     `store` is the task's folder; names in it are relative to the task. `notice` must stand
-    first in whatever the stage writes for people.
+    first in whatever the stage writes for people. `mirror` is there when `store` copies a
+    remote one, and `uploader` in the process that sends to it.
     """
 
     plan: Plan
@@ -86,6 +92,8 @@ class Leg:
     progress_every_seconds: float = PROGRESS_EVERY_SECONDS
     progress: dict[str, Any] = field(default_factory=dict)
     on_progress: Callable[[Mapping[str, Any]], None] | None = None
+    mirror: Mirror | None = None
+    uploader: Uploader | None = None
     _written: float = -1e9
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -98,6 +106,27 @@ class Leg:
     def is_first(self) -> bool:
         """Is this the process that writes for all peers?"""
         return self.peers.rank == 0
+
+    def checkpoints(self, prefix: str) -> Checkpoints:
+        """The checkpoints of a stage, here and in the remote store behind this folder."""
+        here = Checkpoints(
+            self.store, prefix, self.record.number, self.check_fence, self.now, self.notice
+        )
+        if self.mirror is None:
+            return here
+        return dataclasses.replace(here, elsewhere=self.mirror.elsewhere(here))
+
+    def saved(self, prefix: str, step: int, retention: Retention) -> None:
+        """A checkpoint is on this machine's disk; a remote store gets it in the background."""
+        self.report(local_step=step)
+        if self.uploader is None:
+            self.report(durable_step=step)
+            self.amend(durable_step=step)
+        else:
+            self.uploader.saved(prefix, retention)
+            stored = self.uploader.mirror.durable.get(prefix)
+            self.report(durable_step=stored)
+            self.amend(durable_step=stored)
 
     def log(self, event: str, **values: object) -> None:
         """One line for one event, as `key=value`, with task and stage; the first peer's only."""
@@ -179,9 +208,14 @@ class Stage:
 
 def read_progress(folder: Path) -> dict[str, Any]:
     """What the newest leg of a task last reported; empty where nothing readable is."""
+    return progress_in(LocalStore(folder))
+
+
+def progress_in(store: Store) -> dict[str, Any]:
+    """What the newest leg of the task in `store` last reported there."""
     try:
-        progress = json.loads((folder / PROGRESS).read_bytes())
-    except (FileNotFoundError, ValueError):
+        progress = json.loads(store.read(PROGRESS))
+    except (NameMissing, ValueError):
         # Written without fsync, so a power cut may leave half of it: nothing depends on it.
         return {}
     return progress if isinstance(progress, dict) else {}

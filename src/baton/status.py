@@ -9,8 +9,9 @@ from typing import Any
 
 from baton.legs import Legs, this_runner, utc_now
 from baton.record import LegRecord, Plan
-from baton.runner import CANCELLED, done_marker, task_store
+from baton.runner import done_marker, task_store
 from baton.stage import read_progress
+from baton.store.mirror import CANCELLED, durable_step, is_mirror
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +49,7 @@ class TaskStatus:
     unit: str
     tokens_per_s: float | None
     eta_seconds: float | None
+    local_step: int | None
     durable_step: int | None
     reason: str
     job: str = ""
@@ -82,6 +84,7 @@ def status_of(root: Path, plan: Plan, stages: Sequence[str], task: str) -> TaskS
         unit=str(progress.get("unit", "steps")),
         tokens_per_s=progress.get("tokens_per_s") if is_running else None,
         eta_seconds=progress.get("eta_seconds") if is_running else None,
+        local_step=_newest_step(store.root),
         durable_step=_durable(store.root),
         reason=reason,
     )
@@ -103,6 +106,13 @@ def _state(legs: Legs, newest: LegRecord | None, done: Sequence[str]) -> tuple[s
 
 
 def _durable(folder: Path) -> int | None:
+    """The newest step in the store, which is this folder unless it copies a remote one."""
+    if is_mirror(folder):
+        return durable_step(folder, "train/checkpoints")
+    return _newest_step(folder)
+
+
+def _newest_step(folder: Path) -> int | None:
     manifests = folder.glob("train/checkpoints/step-*/manifest.json")
     steps = [int(path.parent.name.removeprefix("step-")) for path in manifests]
     return max(steps, default=None)

@@ -1,6 +1,6 @@
 """Kill smoke tasks at random moments, let them resume by themselves, compare every byte.
 
-    python tests/handover/kill_storm.py --kills 100 --seed 1
+    python tests/handover/kill_storm.py --kills 100 --seed 1 --store s3
 
 Each task first runs once without interruption. Then the same tasks run in fresh stores, two at
 a time, while their legs are killed, half by SIGKILL and half by SIGTERM: after a random time,
@@ -8,11 +8,17 @@ at a random file operation (inside a save, a rotation, a restore, an evaluation)
 are prepared, while the model loads, right after a resume, or by several signals at once. The
 last line is the verdict; the exit status is 0 only if every task resumed and every byte is the
 same. A kill that comes after its task was done does not count.
+
+With a remote store two machines (two scratch folders) take turns, one of them is lost now and
+then with all it had, and a proxy in front of the server answers 503 or 500, breaks
+connections, loses answers, cuts bodies short, corrupts bytes and is slow. What is compared at the
+end is what an empty machine gets from the store.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import random
 import re
@@ -29,8 +35,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from lab import Lab, Task, differences
+from far import Far, far_store
+from lab import EXPERIMENT, Lab, Task, differences
 from zygote import Leg, Zygote
+
+from baton.pipelines import PIPELINES
 
 # Every way of training, with dropout on; 24 steps, a save every 4, an evaluation every 6.
 SETTINGS = {
@@ -54,8 +63,14 @@ SETTINGS = {
     "eval.generate.batch_size": "4",
     "eval.generate.max_new_tokens": "8",
 }
-SAVE_EVERY = int(SETTINGS["train.save_every_steps"])
-NAMES = ("lora", "qlora", "full", "lora_fp16", "lora_bf16")
+# The way of training -> the experiment it is a task of: every pipeline in baton's table.
+EXPERIMENTS = {
+    **dict.fromkeys(("lora", "qlora", "full", "lora_fp16", "lora_bf16"), "smoke/medical_qa"),
+    **{p: f"smoke/{p}" for p in sorted(PIPELINES) if p != "medical_qa"},
+}
+NAMES = tuple(EXPERIMENTS)
+# Of the other pipelines the first task, as their smoke file has it.
+OTHERS = {"train.log_every_steps": "1"}
 # More legs in a row than this without anything durable, and baton rightly gives up.
 BARREN_LEGS = 2
 # A leg of these tasks lasts about two seconds; later moments hit nothing.
@@ -76,6 +91,8 @@ class Tally:
     broken: list[str] = field(default_factory=list)
     compared: int = 0
     max_lost_steps: int = 0
+    lost_machines: int = 0
+    faults: int = 0
     durable_seconds: list[float] = field(default_factory=list)
     kinds: dict[str, int] = field(default_factory=dict)
     started: float = field(default_factory=time.monotonic)
@@ -127,13 +144,13 @@ class Blow:
     then: tuple[tuple[float, signal.Signals], ...] = ()
 
 
-def blows(rng: random.Random) -> Iterator[Blow]:
+def blows(rng: random.Random, *, is_remote: bool) -> Iterator[Blow]:
     """An endless mix of kills, half of them SIGKILL and half SIGTERM."""
     while True:
-        yield _blow(rng, rng.choice((signal.SIGKILL, signal.SIGTERM)))
+        yield _blow(rng, rng.choice((signal.SIGKILL, signal.SIGTERM)), is_remote=is_remote)
 
 
-def _blow(rng: random.Random, number: signal.Signals) -> Blow:
+def _blow(rng: random.Random, number: signal.Signals, *, is_remote: bool) -> Blow:
     kind = rng.choices(
         (
             "anywhen",
@@ -145,8 +162,11 @@ def _blow(rng: random.Random, number: signal.Signals) -> Blow:
             "evaluation",
             "resumed",
             "several",
+            "upload",
+            "stored",
+            "download",
         ),
-        (3, 5, 2, 3, 1, 1, 3, 2, 2),
+        (3, 5, 2, 3, 1, 1, 3, 2, 2, *((4, 2, 3) if is_remote else (0, 0, 0))),
     )[0]
     short = rng.uniform(0, 0.05)
     if kind == "anywhen":
@@ -172,22 +192,100 @@ def _blow(rng: random.Random, number: signal.Signals) -> Blow:
             rng.uniform(0, 0.1),
         ),
         "resumed": ("resumed ", short),
+        # The upload begins when the save is done, and is over some 50 ms later.
+        "upload": (rf" saved .* step={rng.choice((4, 8, 12, 16, 20, 24))} ", rng.uniform(0, 0.1)),
+        "stored": (r"stored .* step=\d+ ", rng.uniform(0, 0.05)),
+        # An empty machine brings everything before it starts; the log's first line is later.
+        "download": ("", rng.uniform(0.3, 1.2)),
     }
     pattern, delay = patterns[kind]
     return Blow(kind, number, pattern=pattern, delay=delay)
 
 
-def storm_one(lab: Lab, task: Task, reference: Task, tally: Tally, rng: random.Random) -> None:
+@dataclass
+class Runs:
+    """One task on the machines that take turns; one machine where the store is a folder."""
+
+    machines: list[Task]
+    far: Far | None
+    rng: random.Random
+    folder: Path
+    tally: Tally
+    at: int = 0
+
+    def next_machine(self) -> Task:
+        """Mostly the same again, as after a requeue; sometimes another, or an empty one."""
+        if self.far is None:
+            return self.machines[0]
+        if self.rng.random() < 0.3:
+            self.at = 1 - self.at
+        if self.rng.random() < 0.15:
+            shutil.rmtree(self.machines[self.at].store / "smoke", ignore_errors=True)
+            self.tally.lost_machines += 1
+        task = self.machines[self.at]
+        task.plan.parent.mkdir(parents=True, exist_ok=True)
+        task.plan.write_bytes(self.plan)
+        self._break_things()
+        return task
+
+    def __post_init__(self) -> None:
+        self.plan = self.machines[0].plan.read_bytes()
+
+    def _break_things(self) -> None:
+        assert self.far is not None
+        proxy, rng = self.far.proxy, self.rng
+        if rng.random() < 0.5:
+            return
+        self.tally.faults += 1
+        method = rng.choice(("PUT|POST", "GET", ".*"))
+        action = rng.choice(("status", "reset", "reset_request", "swallow", "truncate", "corrupt"))
+        options: dict[str, object] = {}
+        path = ".*"
+        if action == "status":
+            options = {"status": rng.choice((500, 503))}
+        elif action == "corrupt":
+            # What a store keeps, not what it says about it: that is TLS's to protect.
+            method, path = "GET", r"/resolve/|/lfs-get/|/blobs/|\.json"
+            options = {"at": rng.randint(0, 2000)}
+        proxy.rule(
+            action=action,
+            method=method,
+            path=path,
+            times=rng.randint(1, 3),
+            skip=rng.randint(0, 60),
+            **options,
+        )
+        proxy.rule(action="delay", seconds=rng.uniform(0, 0.3), times=5, skip=rng.randint(0, 60))
+
+    def position(self) -> tuple[int, int, int]:
+        return max(task.position() for task in self.machines)
+
+    def result(self) -> Task:
+        """What there is in the end: in the folder, or in the store for an empty machine."""
+        if self.far is None:
+            return self.machines[0]
+        self.far.proxy.clear()
+        return self.far.on_empty_machine(self.machines[0], self.folder / "result")
+
+
+def storm_one(
+    lab: Lab, name: str, reference: Task, tally: Tally, rng: random.Random, far: Far | None
+) -> None:
     """Take one task through kills to its end, and compare."""
-    where = f"{task.name} in {task.store.name}"
-    barren, kinds, number = 0, blows(rng), 0
+    url = far.url() if far else ""
+    machines = [_task(lab, name, url) for _ in range(2 if far else 1)]
+    folder = Path(tempfile.mkdtemp(dir=lab.folder, prefix="storm-"))
+    runs = Runs(machines, far, rng, folder, tally)
+    where = f"{name} in {url or machines[0].store.name}"
+    barren, kinds, number = 0, blows(rng, is_remote=far is not None), 0
     while True:
         number += 1
-        before = task.position()
+        task = runs.next_machine()
+        before = runs.position()
         blow = None if tally.is_enough or barren >= BARREN_LEGS else next(kinds)
-        log = task.store / f"leg-{number:03d}.txt"
+        log = folder / f"leg-{number:03d}.txt"
         status, is_hit = _leg(lab, task, blow, log)
-        after = task.position()
+        after = runs.position()
         if status == 0:
             break
         if is_hit and blow is not None:
@@ -200,7 +298,8 @@ def storm_one(lab: Lab, task: Task, reference: Task, tally: Tally, rng: random.R
         barren = 0 if after > before else barren + 1
     if tally.is_enough and number == 1:
         return
-    odd = differences(task, reference)
+    result = runs.result()
+    odd = differences(result, reference)
     tally.compared += 1
     if odd:
         tally.different.append(f"{where}: {', '.join(odd)}")
@@ -208,10 +307,19 @@ def storm_one(lab: Lab, task: Task, reference: Task, tally: Tally, rng: random.R
         return
     print(
         f"{time.monotonic() - tally.started:6.1f} s  kills={tally.kills}/{tally.wanted}"
-        f"  {task.name} identical after {number} legs",
+        f"  {name} identical after {number} legs",
         flush=True,
     )
-    shutil.rmtree(task.store)
+    for finished in machines:
+        shutil.rmtree(finished.machine or finished.store)
+    shutil.rmtree(folder)
+
+
+def _task(lab: Lab, name: str, url: str = "") -> Task:
+    experiment = EXPERIMENTS[name]
+    if experiment == EXPERIMENT:
+        return lab.task(SETTINGS, name=name, url=url)
+    return lab.task(OTHERS, url=url, experiment=experiment)
 
 
 def _leg(lab: Lab, task: Task, blow: Blow | None, log: Path) -> tuple[int, bool]:
@@ -255,12 +363,14 @@ def _check(task: Task, blow: Blow, status: int, log: Path, tally: Tally) -> None
     lost = max(0, reached - max(task.steps(), default=0))
     tally.max_lost_steps = max(tally.max_lost_steps, lost)
     problems = []
-    if lost > SAVE_EVERY:
-        problems.append(f"lost {lost} steps, the save interval is {SAVE_EVERY}")
+    if lost > task.save_every_steps:
+        problems.append(f"lost {lost} steps, the save interval is {task.save_every_steps}")
     if status == 75:
         record = task.legs()[-1]
         if lost:
             problems.append(f"handed over, but {lost} steps are lost")
+        if task.url and record["durable_step"] != record["to_step"] and not record["not_stored"]:
+            problems.append("handed over, its last step is not stored, and the record is silent")
         if record["state"] != "handed_over" or record["exit_status"] != 75:
             problems.append(f"exit status 75, its record says {record['state']}")
         seconds = record["signal_to_durable_seconds"]
@@ -291,20 +401,25 @@ def storm(
     parallel: int = 2,
     names: tuple[str, ...] = NAMES,
     zygote: Zygote | None = None,
+    far: Far | None = None,
 ) -> Tally:
     """Kill until `kills` have hit; every task that was begun is taken to its end."""
     tally = Tally(wanted=kills)
     folder = Path(tempfile.mkdtemp(prefix="kill-storm-"))
-    own = None if zygote is not None else Zygote()
+    own = (
+        None
+        if zygote is not None
+        else Zygote(environment={"HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"})
+    )
     try:
         lab = Lab(zygote or own, folder)  # type: ignore[arg-type]
-        tasks = {name: lab.task(SETTINGS, name=name) for name in names}
+        tasks = {name: _task(lab, name) for name in names}
         with ThreadPoolExecutor(parallel) as pool:
             references = dict(zip(names, pool.map(lab.reference, tasks.values()), strict=True))
             print(f"{time.monotonic() - tally.started:6.1f} s  references done", flush=True)
             list(
                 pool.map(
-                    lambda which: _worker(lab, which, parallel, references, tally, seed),
+                    lambda which: _worker(lab, which, parallel, references, tally, seed, far),
                     range(parallel),
                 )
             )
@@ -319,13 +434,19 @@ def storm(
 
 
 def _worker(
-    lab: Lab, which: int, parallel: int, references: dict[str, Task], tally: Tally, seed: int
+    lab: Lab,
+    which: int,
+    parallel: int,
+    references: dict[str, Task],
+    tally: Tally,
+    seed: int,
+    far: Far | None,
 ) -> None:
     names, turn = list(references), which
     while not tally.is_enough and tally.is_clean:
         name = names[turn % len(names)]
         rng = random.Random(f"{seed}-{turn}")
-        storm_one(lab, lab.task(SETTINGS, name=name), references[name], tally, rng)
+        storm_one(lab, name, references[name], tally, rng, far)
         turn += parallel
 
 
@@ -334,9 +455,18 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--parallel", type=int, default=2, help="tasks at once")
-    parser.add_argument("--store-kind", choices=("local",), default="local")
+    parser.add_argument("--store", choices=("local", "s3", "hub"), default="local")
     options = parser.parse_args()
-    tally = storm(options.kills, seed=options.seed, parallel=options.parallel)
+    with contextlib.ExitStack() as stack:
+        far = None
+        if options.store != "local":
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="hub-")))
+            far = stack.enter_context(far_store(options.store, folder))
+        tally = storm(options.kills, seed=options.seed, parallel=options.parallel, far=far)
+    if far is not None:
+        print(
+            f"store: {options.store}, lost machines: {tally.lost_machines}, faults: {tally.faults}"
+        )
     print(f"kinds: {json.dumps(dict(sorted(tally.kinds.items())))}")
     print(f"tasks compared: {tally.compared}, {time.monotonic() - tally.started:.0f} s")
     print(tally.verdict())

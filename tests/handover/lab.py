@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import signal
@@ -14,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from zygote import LEG_SECONDS, Leg, Zygote
+
+from baton.config.home import scratch_folder
 
 HERE = Path(__file__).parent
 REPOSITORY = HERE.parents[1]
@@ -36,17 +39,24 @@ TINY = {
     "eval.generate.max_new_tokens": "4",
     "eval.bootstrap_resamples": "100",
 }
+# Files that tell of legs, machines and times; checkpoints and the eval record are looked into.
+_NOT_OF_THE_PLAN = re.compile(
+    r"(.*/)?\..*|legs/.*|log\.txt|progress\.json|cancelled\.json|files\.json|.*README\.md|.*/tensorboard/.*"
+    r"|.*/done\.json|.*/shards/.*|.*/checkpoints/.*|train/summary\.json|eval/eval\.json"
+)
 # Figures of an eval record that measure the machine.
 _MEASURED = ("training", "generation", "environment")
 
 
 @dataclass(frozen=True)
 class Task:
-    """One task of a frozen plan in a store."""
+    """One task of a frozen plan in a store; of a remote one, in one machine's copy of it."""
 
     store: Path
     plan: Path
     name: str
+    url: str = ""
+    machine: Path | None = None
 
     @property
     def folder(self) -> Path:
@@ -55,6 +65,12 @@ class Task:
     @property
     def checkpoints(self) -> Path:
         return self.folder / "train" / "checkpoints"
+
+    @property
+    def save_every_steps(self) -> int:
+        plan = json.loads(self.plan.read_bytes())
+        [config] = [task["config"] for task in plan["tasks"] if task["name"] == self.name]
+        return int(config["train"]["save_every_steps"])
 
     def steps(self) -> list[int]:
         """Steps with a manifest, oldest first."""
@@ -99,18 +115,25 @@ class Lab:
         *,
         name: str = "",
         store: Path | None = None,
+        url: str = "",
+        experiment: str = EXPERIMENT,
     ) -> Task:
-        """A task of a fresh store. `settings` are `--set` words over `TINY`."""
-        key = tuple(sorted({**TINY, **(settings or {})}.items()))
+        """A task of a fresh store, remote with `url`. `settings` are `--set` words over `TINY`."""
+        base = TINY if experiment == EXPERIMENT else {}
+        key = (("", experiment), *sorted({**base, **(settings or {})}.items()))
         if key not in self._plans:
-            self._plans[key] = self._freeze(dict(key))
+            self._plans[key] = self._freeze(experiment, dict(key[1:]))
         frozen = self._plans[key]
         plan = json.loads(frozen.read_bytes())
-        store = store or Path(tempfile.mkdtemp(dir=self.folder, prefix="store-"))
+        machine = Path(tempfile.mkdtemp(dir=self.folder, prefix="store-"))
+        if url:
+            store = scratch_folder(url, {**os.environ, "BATON_SCRATCH": str(machine)})
+        store = store or machine
         target = store / plan["experiment"] / plan["digest"] / "plan.json"
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(frozen, target)
-        return Task(store, target, name or plan["tasks"][0]["name"])
+        task = Task(store, target, name or plan["tasks"][0]["name"])
+        return replace(task, url=url, machine=machine) if url else task
 
     def reference(self, task: Task) -> Task:
         """The same task, run without interruption in a store of its own; run once."""
@@ -138,9 +161,9 @@ class Lab:
         """Start a leg; its log is a file of its own, beside the store."""
         log = log or Path(tempfile.mkdtemp(dir=self.folder, prefix="leg-")) / "log.txt"
         return self.zygote.start(
-            ["run", task.plan, "--task", task.name, "--store", task.store, *options],
+            ["run", task.plan, "--task", task.name, "--store", task.url or task.store, *options],
             log=log,
-            env={"BATON_SUBMISSION": "lab", **(env or {})},
+            env={"BATON_SUBMISSION": "lab", **_surroundings(task), **(env or {})},
             cwd=cwd,
             hook=(FAULTS, hook[0], hook[1]) if hook else None,
         )
@@ -195,12 +218,20 @@ class Lab:
         leg.wait()
         return leg, trace.read_text().splitlines()
 
-    def _freeze(self, settings: Mapping[str, str]) -> Path:
+    def _freeze(self, experiment: str, settings: Mapping[str, str]) -> Path:
         folder = Path(tempfile.mkdtemp(dir=self.folder, prefix="plan-"))
         words = [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
-        leg = self.zygote.start(["plan", EXPERIMENT, "--json", *words], log=folder / "plan.json")
+        leg = self.zygote.start(["plan", experiment, "--json", *words], log=folder / "plan.json")
         assert leg.wait() == 0, leg.text
         return folder / "plan.json"
+
+
+def _surroundings(task: Task) -> dict[str, str]:
+    """Where a remote task's machine and server are; legs are forked from an older process."""
+    if not task.url:
+        return {}
+    named = {k: v for k, v in os.environ.items() if k.startswith(("AWS_", "HF_", "BATON_HUB_"))}
+    return {**named, "BATON_SCRATCH": str(task.machine)}
 
 
 def wait_for(leg: Leg, pattern: str, timeout: float = LEG_SECONDS) -> re.Match[str]:
@@ -231,12 +262,9 @@ def products(task: Task) -> dict[str, bytes]:
 
     folder = task.folder
     record = json.loads((folder / "eval" / "eval.json").read_bytes())
-    names = [
-        *("train/metrics.jsonl", "train/dev_history.json"),
-        *("eval/predictions.jsonl", "eval/per_sample.json"),
-        *(f"data/{name}" for name in ("train.tokens", "train.index", "dev.tokens", "dev.index")),
-        *("data/test.jsonl", "data/report.json", "base/model.safetensors", "base/tokenizer.json"),
-    ]
+    every = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    names = [name for name in sorted(every) if not _NOT_OF_THE_PLAN.fullmatch(name)]
+    assert {"train/metrics.jsonl", "eval/predictions.jsonl"} <= set(names), names
     for which, step in (("last", task.steps()[-1]), ("best", record["training"]["best_step"])):
         place = task.checkpoint(step)
         files = {path.relative_to(place).as_posix() for path in place.rglob("*") if path.is_file()}

@@ -47,7 +47,11 @@ PRELOADED = (
     "pyarrow.parquet",
     "rouge_score.rouge_scorer",
     "sacrebleu",
+    "boto3",
+    "huggingface_hub",
     "baton.cli",
+    "baton.store.s3",
+    "baton.store.hub",
     "baton.runner",
     "baton.plan",
     "baton.pipelines.medical_qa.stages",
@@ -127,10 +131,12 @@ class Leg:
 class Zygote:
     """Starts legs. `source` is the folder that holds the package `baton`, if not the installed."""
 
-    def __init__(self, source: Path | None = None) -> None:
+    def __init__(
+        self, source: Path | None = None, environment: Mapping[str, str] | None = None
+    ) -> None:
         self._folder = Path(tempfile.mkdtemp(prefix="zygote-"))
         self._address = str(self._folder / "socket")
-        env = os.environ | ONE_THREAD
+        env = os.environ | ONE_THREAD | dict(environment or {})
         if source is not None:
             env["PYTHONPATH"] = str(source)
         self._process = subprocess.Popen(

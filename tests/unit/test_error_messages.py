@@ -185,9 +185,12 @@ def baton(home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFix
             id="missing plan",
         ),
         pytest.param(
-            ["plan", "qa", "--store", "s3://bucket/x"],
-            ["error: store 's3://bucket/x': this version of baton stores in folders only"],
-            id="store in s3",
+            ["plan", "qa", "--store", "gs://bucket/x"],
+            [
+                "error: store 'gs://bucket/x': baton does not know gs://; name a folder,"
+                " s3://bucket/prefix or hf://user/repository"
+            ],
+            id="store of another kind",
         ),
         pytest.param(
             ["logs", "qa", "--store", "runs"],
@@ -421,11 +424,13 @@ def test_the_second_runner_on_a_task_is_told_who_the_first_is(home: Path) -> Non
     )
 
 
-def test_run_refuses_a_store_that_is_not_there_yet(home: Path) -> None:
+def test_run_refuses_a_store_of_another_kind(home: Path) -> None:
     path = stored_plan(home)
-    said = run(str(path), "--task", "lora_20k", "--store", "s3://bucket/x", HF_HUB_OFFLINE="1")
+    said = run(str(path), "--task", "lora_20k", "--store", "gs://bucket/x")
+    assert said.status == 78
     assert said.lines == [
-        "error: store 's3://bucket/x': this version of baton stores in folders only"
+        "error: store 'gs://bucket/x': baton does not know gs://; name a folder,"
+        " s3://bucket/prefix or hf://user/repository"
     ]
 
 

@@ -300,7 +300,13 @@ def test_cancel_signals_nobody_who_happens_to_have_the_number(
     store = LocalStore(tmp_path / "e" / "d" / "tasks" / "t")
     legs = Legs(store, "t", Clock())
     legs.open(replace(record(legs), runner=replace(runner, **change)))
-    request = Request(plan=PLAN, plan_path=tmp_path / "plan.json", store_root=tmp_path, tasks=["t"])
+    request = Request(
+        plan=PLAN,
+        plan_path=tmp_path / "plan.json",
+        store_root=tmp_path,
+        store_url=str(tmp_path),
+        tasks=["t"],
+    )
     LocalLauncher(LocalSite(launcher="local"), StopSignal()).cancel(request, Events())
     with pytest.raises(subprocess.TimeoutExpired):
         bystander.wait(timeout=0.5)

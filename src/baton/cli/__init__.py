@@ -18,6 +18,7 @@ from baton.cli.experiment import check, freeze, plan
 from baton.cli.export import export
 from baton.cli.generate import generate
 from baton.cli.run import run, verify_resume
+from baton.cli.store import store
 from baton.cli.submit import submit
 from baton.cli.watch import cancel, logs, status
 from baton.errors import BatonError, ConfigError, ExitStatus
@@ -91,5 +92,6 @@ for _command in (
     data,
     verify_resume,
     doctor,
+    store,
 ):
     cli.add_command(_command)

@@ -31,6 +31,7 @@ def collect(
 
     target = Target.submitted(exp, settings, site, store)
     plan = target.plan
+    target.refresh([task.name for task in plan.tasks])
     states = {s.task: s.state for s in target.recorded([task.name for task in plan.tasks])}
     place = LocalStore(target.root / plan.experiment / plan.digest)
     folder = out or Path("results") / plan.experiment

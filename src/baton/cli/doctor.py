@@ -7,7 +7,7 @@ import sys
 import click
 
 from baton.cli.options import SITE, STORE
-from baton.cli.target import store_root
+from baton.cli.target import open_place
 
 
 @click.command()
@@ -19,7 +19,7 @@ def doctor(site: str, store: str | None) -> None:
     from baton.doctor import examine, exit_status
 
     findings = []
-    for finding in examine(load_site(site), store_root(site, store)):
+    for finding in examine(load_site(site), open_place(site, store)):
         findings.append(finding)
         click.echo(finding.text)
     sys.exit(exit_status(findings))

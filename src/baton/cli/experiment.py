@@ -34,7 +34,8 @@ def plan(exp: str, settings: tuple[str, ...], site: str, store: str | None, as_j
     target = Target.fresh(exp, settings, site, store)
     meant = target.plan
     click.echo(f"{meant.experiment}  pipeline {meant.pipeline}  digest {meant.digest}")
-    click.echo(f"store {target.root / meant.experiment / meant.digest}")
+    target.refresh()
+    click.echo(f"store {target.place.url.rstrip('/')}/{meant.experiment}/{meant.digest}")
     for status in target.statuses():
         does = LEFT_ALONE.get(status.state, "run")
         click.echo(f"  {status.task}: {status.state} -> {does}")
@@ -47,9 +48,7 @@ def plan(exp: str, settings: tuple[str, ...], site: str, store: str | None, as_j
 @STORE
 def freeze(exp: str, settings: tuple[str, ...], site: str, store: str | None) -> None:
     """Write an experiment's plan; print its path and, a line each, the tasks meant by EXP."""
-    from baton.frozen import freeze as freeze_plan
-
     target = Target.fresh(exp, settings, site, store)
-    path = freeze_plan(target.plan, target.root)
+    path = target.place.freeze(target.plan)
     for line in (path.absolute(), *target.tasks):
         click.echo(line)

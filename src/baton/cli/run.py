@@ -86,6 +86,7 @@ def run(
         plan=target.plan,
         task=target.plan.task(task),
         store=task_store(target.root, target.plan, task),
+        mirror=target.place.mirror(target.plan, task),
         stop=stop,
         submission=submission_id(),
         allow_changed=allow_changed,
@@ -116,6 +117,8 @@ def verify_resume(task: str, settings: tuple[str, ...], site: str, store: str | 
     prepare_gpu_memory()
     target = Target.submitted(task, settings, site, store)
     meant = target.plan.task(target.one_task("verify-resume"))
+    if (mirror := target.place.mirror(target.plan, meant.name)) is not None:
+        mirror.bring_checkpoints(last=2)
     stop = listen()
     quiet_libraries()
     logging.basicConfig(level=logging.WARNING, format="%(message)s")

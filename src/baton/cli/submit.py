@@ -46,7 +46,7 @@ def submit(
     drills: tuple[str, ...],
 ) -> None:
     """Run what is missing of an experiment or task, through every handover."""
-    from baton.frozen import freeze, path_of, read
+    from baton.frozen import path_of, read
     from baton.handover import StopSignal
     from baton.launchers.base import Drill
     from baton.launchers.choose import launcher_for
@@ -62,6 +62,7 @@ def submit(
         )
     stop = StopSignal()
     launcher = launcher_for(target.site, stop=stop, max_parallel=max_parallel)
+    target.refresh()
     states = {s.task: s.state for s in (target.statuses() if dry_run else target.look())}
     waiting = [task for task in tasks if states[task] not in LEFT_ALONE]
     at_work = [task for task in tasks if states[task] in ("running", "pending")]
@@ -73,7 +74,8 @@ def submit(
                 click.echo(f"would skip: {task} is {states[task]}")
         click.echo(launcher.preview(target.request(waiting)))
         return
-    path = freeze(plan, root)
+    path = target.place.freeze(plan)
+    target.place.take_up_again(plan, waiting)
     if detach and launcher.waits:
         _detach(plan, root)
         return
@@ -86,7 +88,7 @@ def submit(
 
     # How stages share jobs is no part of what is computed: it may change at every submission.
     submitted = replace(read(path), split=plan.split)
-    frozen = Target(plan=submitted, tasks=tasks, site_name=site, root=root)
+    frozen = Target(plan=submitted, tasks=tasks, site_name=site, place=target.place)
     if launcher.waits:
         stop.install()
     with view() as shown:

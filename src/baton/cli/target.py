@@ -15,6 +15,7 @@ from baton.errors import BatonError, ConfigError
 if TYPE_CHECKING:
     from baton.config.site import Site
     from baton.launchers.base import Drill, Request
+    from baton.place import Place
     from baton.record import Plan
     from baton.status import TaskStatus
 
@@ -26,31 +27,37 @@ class Target:
     plan: Plan
     tasks: list[str]
     site_name: str
-    root: Path
+    place: Place
+
+    @property
+    def root(self) -> Path:
+        """The folder that tasks are worked on in."""
+        return self.place.root
 
     @classmethod
     def fresh(cls, exp: str, settings: Sequence[str], site: str, store: str | None) -> Target:
         """The plan as the experiment's file is now."""
         plan, tasks = plan_of(exp, settings)
-        return cls(plan=plan, tasks=tasks, site_name=site, root=store_root(site, store))
+        return cls(plan=plan, tasks=tasks, site_name=site, place=open_place(site, store))
 
     @classmethod
     def submitted(cls, exp: str, settings: Sequence[str], site: str, store: str | None) -> Target:
         """The plan as it was frozen at its submission, if it was; EXP may be that plan.json."""
-        from baton.frozen import path_of, read, versions
+        from baton.frozen import path_of, read
 
         if exp.endswith(".json"):
             return cls.frozen(exp, settings, site, store)
         fresh = cls.fresh(exp, settings, site, store)
+        fresh.refresh()
         path = path_of(fresh.root, fresh.plan)
         if path.exists():
-            return cls(plan=read(path), tasks=fresh.tasks, site_name=site, root=fresh.root)
+            return cls(plan=read(path), tasks=fresh.tasks, site_name=site, place=fresh.place)
         name = fresh.plan.experiment
-        others = versions(fresh.root, name)
+        others = fresh.place.versions(name)
         there = f"; there are runs of other versions: {', '.join(others)}" if others else ""
         click.echo(
             f"note: {name} as it is now ({fresh.plan.digest}) was not submitted to"
-            f" {fresh.root}{there}",
+            f" {fresh.place.url}{there}",
             err=True,
         )
         return fresh
@@ -60,15 +67,23 @@ class Target:
         cls, plan_or_exp: str, settings: Sequence[str], site: str, store: str | None
     ) -> Target:
         """The frozen plan that PLAN names, in the store it lies in; an experiment is frozen now."""
-        from baton.frozen import freeze, read, root_of
+        from baton.frozen import read, root_of
+        from baton.place import Place
 
-        path = Path(plan_or_exp)
+        path, place = Path(plan_or_exp), None
         if path.suffix != ".json":
             fresh, _ = plan_of(plan_or_exp, settings)
-            path = freeze(fresh, store_root(site, store))
+            place = open_place(site, store)
+            path = place.freeze(fresh)
         plan = read(path)
-        root = root_of(path, plan) if store is None else store_root(site, store)
-        return cls(plan=plan, tasks=[task.name for task in plan.tasks], site_name=site, root=root)
+        if place is None:
+            here = store is None
+            place = Place.open(str(root_of(path, plan))) if here else open_place(site, store)
+        return cls(plan=plan, tasks=[task.name for task in plan.tasks], site_name=site, place=place)
+
+    def refresh(self, tasks: Sequence[str] | None = None) -> None:
+        """Bring what a remote store knows of the tasks that are not at work here."""
+        self.place.refresh(self.plan, self.tasks if tasks is None else tasks)
 
     @cached_property
     def site(self) -> Site:
@@ -92,7 +107,12 @@ class Target:
 
         path = path_of(self.root, self.plan)
         return Request(
-            plan=self.plan, plan_path=path, store_root=self.root, tasks=tasks, drills=drills
+            plan=self.plan,
+            plan_path=path,
+            store_root=self.root,
+            store_url=self.place.url,
+            tasks=tasks,
+            drills=drills,
         )
 
     def recorded(self, tasks: Sequence[str] | None = None) -> list[TaskStatus]:
@@ -130,9 +150,9 @@ def plan_of(exp: str, settings: Sequence[str]) -> tuple[Plan, list[str]]:
     return plan, [selection.task] if selection.task else names
 
 
-def store_root(site: str, store: str | None) -> Path:
-    """The folder of a site's store, or of the store that `--store` names."""
+def open_place(site: str, store: str | None) -> Place:
+    """A site's store, or the store that `--store` names."""
     from baton.config.site import load_site
-    from baton.store.open import open_store
+    from baton.place import Place
 
-    return Path(open_store(load_site(site).store if store is None else store).url)
+    return Place.open(load_site(site).store if store is None else store)

@@ -14,6 +14,8 @@ from baton.errors import ConfigError
 
 # Of a task in one of these states more may come.
 _GOING_ON = ("running", "unattended", "pending", "handed over", "stage done", "lost")
+# A remote store is asked for news of a task less often than a folder.
+_REMOTE_SECONDS = 5.0
 
 
 @click.command()
@@ -66,6 +68,7 @@ def logs(task: str, settings: tuple[str, ...], site: str, store: str | None, fol
         if not follow:
             break
         # What the records say costs nothing; the launcher is asked now and then.
+        target.refresh()
         state = target.recorded()[0].state
         if state != "running" and time.monotonic() - looked >= launcher.look_every_seconds:
             looked = time.monotonic()
@@ -74,7 +77,7 @@ def logs(task: str, settings: tuple[str, ...], site: str, store: str | None, fol
         elif state in ("finished", "cancelled"):
             follow = False
         if follow:
-            time.sleep(0.5)
+            time.sleep(0.5 if target.place.remote is None else _REMOTE_SECONDS)
     if not shown:
         raise ConfigError(f"{name} has no log yet; it was not started here ({path})")
 
@@ -89,10 +92,12 @@ def cancel(exp: str, settings: tuple[str, ...], site: str, store: str | None) ->
     from baton.console import Lines
     from baton.frozen import path_of
     from baton.launchers.choose import launcher_for
+    from baton.legs import utc_now
 
     target = Target.submitted(exp, settings, site, store)
     name, root = target.plan.experiment, target.root
     if not path_of(root, target.plan).exists():
-        raise ConfigError(f"nothing to cancel: {name} was not submitted to {root}")
+        raise ConfigError(f"nothing to cancel: {name} was not submitted to {target.place.url}")
     waiting = [s.task for s in target.recorded() if s.state != "finished"]
+    target.place.mark_cancelled(target.plan, waiting, utc_now())
     launcher_for(target.site).cancel(target.request(waiting), Lines())

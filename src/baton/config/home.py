@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
+import re
+from collections.abc import Mapping
 from pathlib import Path
 
 from baton.errors import ConfigError
@@ -43,3 +46,18 @@ def find_file(path: str) -> Path:
         return found
     from_home = home() / path
     return from_home if from_home.exists() else found
+
+
+def scratch_folder(url: str, environ: Mapping[str, str] = os.environ) -> Path:
+    """Where this machine keeps its copy of a remote store while it works.
+
+    Below $BATON_SCRATCH if set, else below the user's cache folder. The same bucket behind
+    another endpoint is another store.
+    """
+    default = Path(environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "baton" / "stores"
+    base = Path(environ.get("BATON_SCRATCH") or default)
+    place, _, _ = url.partition("?")
+    endpoints = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "HF_ENDPOINT")
+    behind = next((environ[name] for name in endpoints if environ.get(name)), "")
+    digest = hashlib.sha256(f"{place.rstrip('/')} {behind}".encode()).hexdigest()[:8]
+    return base.absolute() / f"{re.sub(r'[^A-Za-z0-9._-]+', '-', place).strip('-')}-{digest}"

@@ -44,11 +44,15 @@ class Drill:
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """What to run: a frozen plan, tasks of it by name, and where it is stored."""
+    """What to run: a frozen plan, tasks of it by name, and where it is stored.
+
+    `store_root` is the folder that is worked in, `store_url` what legs are given as `--store`.
+    """
 
     plan: Plan
     plan_path: Path
     store_root: Path
+    store_url: str
     tasks: Sequence[str]
     drills: Sequence[Drill] = field(default_factory=tuple)
 

@@ -39,7 +39,7 @@ class Batch:
     elements: int
     max_parallel: int | None
     plan_path: Path
-    store_root: Path
+    store_url: str
     tasks_file: Path
     folder: Path
     home: Path
@@ -129,7 +129,7 @@ class Batch:
         site = self.site
         values = {
             "BATON_HOME": str(self.home),
-            "BATON_STORE": str(self.store_root),
+            "BATON_STORE": self.store_url,
             "BATON_TASKS": f"@{self.tasks_file}",
             "BATON_SCRIPT": str(self.script),
             "BATON_STAGE": self.stage,

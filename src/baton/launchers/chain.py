@@ -65,7 +65,7 @@ def plan_chain(
             elements=1 if stage == COLLECT else len(request.tasks),
             max_parallel=most,
             plan_path=request.plan_path,
-            store_root=request.store_root,
+            store_url=request.store_url,
             tasks_file=folder / "tasks.txt",
             folder=folder,
             home=home,

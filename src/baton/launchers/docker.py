@@ -32,8 +32,9 @@ from baton.launchers.docker_watch import Watch
 from baton.legs import Legs, utc_now
 from baton.pipelines import PIPELINES
 from baton.record import dump_json
-from baton.runner import CANCELLED, task_prefix, task_store
+from baton.runner import task_prefix, task_store
 from baton.status import TaskStatus, status_of
+from baton.store.mirror import CANCELLED
 
 
 @dataclass

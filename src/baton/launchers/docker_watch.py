@@ -25,8 +25,9 @@ from baton.launchers.docker_leg import (
 from baton.launchers.docker_place import Place
 from baton.launchers.verdict import Verdicts
 from baton.legs import utc_now
-from baton.runner import CANCELLED, task_prefix, task_store
+from baton.runner import task_prefix, task_store
 from baton.stage import read_progress
+from baton.store.mirror import CANCELLED
 
 _POLL_SECONDS = 0.1
 # A drill must hit its step even in a run whose steps take milliseconds.

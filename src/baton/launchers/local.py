@@ -21,9 +21,10 @@ from baton.launchers.processes import LegProcesses
 from baton.launchers.verdict import Verdicts
 from baton.legs import Legs, this_runner, utc_now
 from baton.record import LegRecord, dump_json
-from baton.runner import CANCELLED, task_store
+from baton.runner import task_store
 from baton.stage import read_progress
 from baton.status import TaskStatus
+from baton.store.mirror import CANCELLED
 
 _POLL_SECONDS = 0.05
 # A drill must hit its step even in a run whose steps take milliseconds.
@@ -115,7 +116,7 @@ class LocalLauncher:
 
     def preview(self, request: Request) -> str:
         """The command of every task, and what each gets."""
-        path, root, site = request.plan_path, request.store_root, self.site
+        path, root, site = request.plan_path, request.store_url, self.site
         lines = [f"would run: baton run {path} --task {t} --store {root}" for t in request.tasks]
         processes = "1 process" if site.processes == 1 else f"{site.processes} processes"
         threads = "1 thread" if site.threads == 1 else f"{site.threads} threads"
@@ -154,7 +155,7 @@ class LocalLauncher:
         rendezvous = store.root / ".rendezvous"
         log = open(store.root / LOG, "a", encoding="utf-8")  # noqa: SIM115  (the leg's, closed with it)
         command = [sys.executable, "-m", "baton", "run", str(request.plan_path)]
-        command += ["--task", task, "--store", str(request.store_root)]
+        command += ["--task", task, "--store", request.store_url]
         env = os.environ | self.site.env | self._environment(devices)
         if request.drills:
             env["BATON_PROGRESS_SECONDS"] = str(_DRILL_SECONDS)

@@ -30,9 +30,10 @@ from baton.launchers.slurm_status import join
 from baton.launchers.submissions import Submissions
 from baton.legs import Legs, utc_now
 from baton.record import LegRecord, dump_json
-from baton.runner import CANCELLED, task_store
+from baton.runner import task_store
 from baton.status import TaskStatus
 from baton.store.local import LocalStore
+from baton.store.mirror import CANCELLED
 
 # A command line has a limit, and a matrix may have thousands of tasks.
 _AT_ONCE = 500

@@ -181,7 +181,7 @@ def _verdict(stage: str, site: SlurmSite) -> Check:
             elements=1,
             max_parallel=None,
             plan_path=place / "plan.json",
-            store_root=place,
+            store_url=str(place),
             tasks_file=place / "tasks.txt",
             folder=place,
             home=place,

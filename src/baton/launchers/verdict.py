@@ -11,8 +11,9 @@ from baton.handover import StopSignal
 from baton.launchers.base import Request, View, last_error
 from baton.legs import Legs, utc_now
 from baton.record import LegRecord
-from baton.runner import CANCELLED, task_store
+from baton.runner import task_store
 from baton.store.local import LocalStore
+from baton.store.mirror import CANCELLED
 
 
 @dataclass

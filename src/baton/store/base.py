@@ -5,9 +5,10 @@ from __future__ import annotations
 import errno
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, Self
 
 from baton.errors import StoreError
 
@@ -67,6 +68,108 @@ class Store(Protocol):
 
     def delete(self, name: str) -> None:
         """Forget `name`; nothing happens if it is not there."""
+        ...
+
+
+def _nothing() -> None:
+    """No fence: the default of `Batch.check`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """Changes to a remote store that belong together.
+
+    Readers see `marker` only when everything else is there, and `deletes` happen after it.
+
+    Attributes:
+        message: what it is, for people who read the store's history.
+        blobs: files named by their content; one that is there is not sent again.
+        writes: files and small objects that replace what is there.
+        lease: the object that says who owns the task, with its new bytes. If somebody else has
+            replaced it since this process wrote it, that is a `FencedError`.
+        check: called before anything is replaced and before the marker; what it raises stops
+            the batch.
+        marker: name and bytes of an exclusive write (`NameTaken`).
+        last: as `writes`, for what promises that everything else is there.
+        urgent: the process is about to end; do not save requests up.
+    """
+
+    message: str
+    blobs: Mapping[str, Path] = field(default_factory=dict)
+    writes: Mapping[str, bytes | Path] = field(default_factory=dict)
+    lease: tuple[str, bytes] | None = None
+    marker: tuple[str, bytes] | None = None
+    last: Mapping[str, bytes | Path] = field(default_factory=dict)
+    deletes: Collection[str] = ()
+    check: Callable[[], None] = _nothing
+    urgent: bool = False
+
+
+@dataclass(frozen=True)
+class Listed:
+    """A name in a store and the size of its bytes."""
+
+    name: str
+    size: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wanted:
+    """A file to bring here from a store: what it must be, and where it goes."""
+
+    name: str
+    size: int
+    sha256: str
+    target: Path
+
+
+class Remote(Store, Protocol):
+    """A store behind a network: training never waits for it, a mirror of it is kept here.
+
+    Attributes:
+        shares_content: the store itself keeps equal files once, whatever their names.
+        publishes: people load models from here, so final weights get a folder and a card.
+        heartbeat_seconds: how often a leg at work can afford to say so.
+        lost_after_seconds: a leg that has said nothing for so long counts as lost.
+    """
+
+    shares_content: bool
+    publishes: bool
+    heartbeat_seconds: float
+    lost_after_seconds: float
+
+    def below(self, prefix: str) -> Self:
+        """The part of this store whose names start with the folder `prefix`."""
+        ...
+
+    def listing(self, prefix: str = "") -> Iterator[Listed]:
+        """As `names`, with sizes."""
+        ...
+
+    def commit(self, batch: Batch) -> None:
+        """Make a batch of changes.
+
+        Raises:
+            NameTaken: the marker is there already.
+            FencedError: the lease is somebody else's by now.
+        """
+        ...
+
+    def fetch(self, wanted: Sequence[Wanted]) -> None:
+        """Bring files here, several at once; what an earlier try left is gone on from.
+
+        Raises:
+            NameMissing: a name is not there.
+            DamagedError: the bytes that are there are not those that were promised.
+        """
+        ...
+
+    def task_finished(self, card: str) -> None:
+        """Told once a task is finished and stored; `card` is empty or its model card."""
+        ...
+
+    def wait_seconds(self) -> float:
+        """How long an ordinary batch should wait, so that urgent ones are never refused."""
         ...
 
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
 import re
 import shutil
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 from baton.errors import DamagedError, FencedError, NameMissing, NameTaken
 from baton.record import FileEntry, Manifest, dump_json
@@ -18,8 +20,43 @@ from baton.store.base import Store, check_name, is_name
 log = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
-_SET_ASIDE = "set-aside.json"
+SET_ASIDE = "set-aside.json"
 _STEP = re.compile(r"step-(\d{6,})")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Retention:
+    """Which checkpoints stay: the last `keep_last`, every `keep_every_steps`, and the best."""
+
+    keep_last: int
+    keep_every_steps: int | None = None
+    best: int | None = None
+
+    def keeps(self, step: int) -> bool:
+        """Does this step stay however old it is?"""
+        every = self.keep_every_steps
+        return step == self.best or (every is not None and step > 0 and step % every == 0)
+
+    def dropped(self, steps: Sequence[int]) -> list[int]:
+        """Of all steps, those to remove; never the newest."""
+        ordered = sorted(steps)
+        return [step for step in ordered[: -max(1, self.keep_last)] if not self.keeps(step)]
+
+
+class Elsewhere(Protocol):
+    """Another place that may hold the same checkpoints: the remote store behind a mirror."""
+
+    def steps(self) -> Collection[int]:
+        """Steps that are complete there."""
+        ...
+
+    def bring(self, step: int) -> None:
+        """Make the checkpoint of `step` one of this place. Raises `DamagedError`."""
+        ...
+
+    def set_aside(self, step: int, reason: str) -> None:
+        """Take a damaged checkpoint out of use there."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -37,6 +74,7 @@ class Checkpoints:
     check_fence: Callable[[], None]
     now: Callable[[], str]
     notice: str = ""
+    elsewhere: Elsewhere | None = None
 
     def name(self, step: int, file: str = "") -> str:
         return f"{self.prefix}/step-{step:06d}" + (f"/{file}" if file else "")
@@ -75,6 +113,21 @@ class Checkpoints:
                 f"step {step} was just saved by another leg; this one stops"
             ) from None
         return manifest
+
+    def adopt(self, step: int, folder: Path, manifest: bytes) -> None:
+        """Commit a checkpoint that was brought here and verified, with the manifest it has.
+
+        Raises:
+            FencedError: a newer leg owns the task.
+        """
+        if step in self.steps():
+            return
+        self._forget(step)
+        for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+            self._upload(path, self.name(step, path.relative_to(folder).as_posix()))
+        self.check_fence()
+        with contextlib.suppress(NameTaken):
+            self.store.write(self.name(step, MANIFEST), manifest, exclusive=True)
 
     def _upload(self, path: Path, name: str) -> None:
         try:
@@ -115,41 +168,67 @@ class Checkpoints:
                 raise DamagedError(f"step-{step:06d}: {entry.name} is missing") from None
 
         def check(entry: FileEntry) -> None:
-            _check(target / entry.name, entry, f"step-{step:06d}")
+            verify_file(target / entry.name, entry, f"step-{step:06d}")
 
         with ThreadPoolExecutor(max_workers=4) as pool:
             list(pool.map(check, manifest.files))
         return manifest
+
+    def everywhere(self) -> list[int]:
+        """Steps that are complete here or elsewhere, oldest first."""
+        other = self.elsewhere.steps() if self.elsewhere else ()
+        return sorted({*self.steps(), *other})
+
+    def fetch_anywhere(self, step: int, target: Path) -> Manifest:
+        """As `fetch`, from here if it is whole here, else from elsewhere; what is not is said.
+
+        Raises:
+            DamagedError: it is whole nowhere.
+        """
+        if step in self.steps():
+            try:
+                return self.fetch(step, target)
+            except DamagedError as error:
+                self._set_aside(step, str(error))
+                if self.elsewhere is None or step not in self.elsewhere.steps():
+                    raise
+                log.warning("%s; using the copy in the store instead", error)
+        if self.elsewhere is None:
+            raise DamagedError(f"step-{step:06d}: the manifest is gone")
+        try:
+            self.elsewhere.bring(step)
+        except DamagedError as error:
+            self.elsewhere.set_aside(step, str(error))
+            raise
+        return self.fetch(step, target)
 
     def fetch_newest_verified(self, target: Path) -> Manifest | None:
         """Fetch the newest checkpoint that is whole; damaged ones are set aside and said.
 
         Returns None when there is none: the run then starts at step 0.
         """
-        steps = self.steps()
+        steps = self.everywhere()
         while steps:
             step = steps.pop()
             try:
-                return self.fetch(step, target)
+                return self.fetch_anywhere(step, target)
             except DamagedError as error:
                 instead = f"using step-{steps[-1]:06d} instead" if steps else "starting from step 0"
                 log.warning("%s; %s", error, instead)
-                self._set_aside(step, str(error))
         return None
 
-    def prune(self, *, keep: Collection[int], keep_last: int) -> None:
-        """Remove all but the last `keep_last` steps and those in `keep`.
+    def prune(self, retention: Retention) -> None:
+        """Remove what `retention` lets go.
 
         The newest is never removed. The manifest goes first, so a kill half-way leaves an
         incomplete checkpoint, not a damaged one.
         """
         files = self._files()
         steps = sorted(step for step in files if MANIFEST in files[step])
-        for step in steps[: -max(1, keep_last)]:
-            if step not in keep:
-                self._forget(step)
+        for step in retention.dropped(steps):
+            self._forget(step)
         for step in files:
-            if _SET_ASIDE in files[step] and steps and step < steps[-1]:
+            if SET_ASIDE in files[step] and steps and step < steps[-1]:
                 self._forget(step)
 
     def sweep(self) -> None:
@@ -160,7 +239,7 @@ class Checkpoints:
         """
         files = self._files()
         for step, names in files.items():
-            if MANIFEST not in names and _SET_ASIDE not in names:
+            if MANIFEST not in names and SET_ASIDE not in names:
                 self._forget(step)
 
     def _files(self) -> dict[int, set[str]]:
@@ -177,7 +256,7 @@ class Checkpoints:
             self.store.delete(name)
 
     def _set_aside(self, step: int, reason: str) -> None:
-        self.store.write(self.name(step, _SET_ASIDE), dump_json({"reason": reason}))
+        self.store.write(self.name(step, SET_ASIDE), dump_json({"reason": reason}))
         self.store.delete(self.name(step, MANIFEST))
 
 
@@ -185,7 +264,10 @@ def _entry(path: Path, name: str) -> FileEntry:
     return FileEntry(name=check_name(name), size=path.stat().st_size, sha256=sha256_of(path))
 
 
-def _check(path: Path, entry: FileEntry, checkpoint: str) -> None:
+def verify_file(path: Path, entry: FileEntry, checkpoint: str) -> None:
+    """Raise `DamagedError` unless a file is what a manifest promises."""
+    if not path.exists():
+        raise DamagedError(f"{checkpoint}: {entry.name} is missing")
     size = path.stat().st_size
     if size != entry.size:
         raise DamagedError(

@@ -7,11 +7,12 @@ import errno
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Self
 
 from baton.errors import NameMissing, NameTaken
-from baton.store.base import check_name, explained
+from baton.store.base import Batch, Listed, Wanted, check_name, explained
 
 # Unfinished writes live here, on the same file system as what they will become.
 INCOMING = ".incoming"
@@ -19,7 +20,16 @@ _STALE_SECONDS = 3600.0
 
 
 class LocalStore:
-    """A folder. Safe for several processes at once on a POSIX file system."""
+    """A folder. Safe for several processes at once on a POSIX file system.
+
+    It can do what remote stores do, so that one can be copied to and from.
+    """
+
+    # A file is a file: every name has its own.
+    shares_content = True
+    publishes = False
+    heartbeat_seconds = 10.0
+    lost_after_seconds = 90.0
 
     def __init__(self, root: Path) -> None:
         self.root = Path(root).absolute()
@@ -87,6 +97,48 @@ class LocalStore:
             except OSError:
                 break
             folder = folder.parent
+
+    def below(self, prefix: str) -> Self:
+        return type(self)(self.path(prefix))
+
+    def listing(self, prefix: str = "") -> Iterator[Listed]:
+        for name in self.names(prefix):
+            with contextlib.suppress(FileNotFoundError):
+                yield Listed(name, (self.root / name).stat().st_size)
+
+    def commit(self, batch: Batch) -> None:
+        for name, source in batch.blobs.items():
+            with contextlib.suppress(NameTaken):
+                self.upload(source, name)
+        batch.check()
+        if batch.lease is not None:
+            self.write(*batch.lease)
+        for name, data in batch.writes.items():
+            self._put(name, data)
+        batch.check()
+        if batch.marker is not None:
+            self.write(*batch.marker, exclusive=True)
+        for name, data in batch.last.items():
+            self._put(name, data)
+        for name in batch.deletes:
+            self.delete(name)
+
+    def fetch(self, wanted: Sequence[Wanted]) -> None:
+        for file in wanted:
+            self.download(file.name, file.target)
+
+    def task_finished(self, card: str) -> None:
+        """Nothing to do: nobody loads models from here."""
+
+    def wait_seconds(self) -> float:
+        return 0.0
+
+    def _put(self, name: str, data: bytes | Path) -> None:
+        if isinstance(data, Path):
+            self.delete(name)
+            self.upload(data, name)
+        else:
+            self.write(name, data)
 
     def sweep(self) -> None:
         """Remove unfinished writes that killed processes left an hour ago or earlier.

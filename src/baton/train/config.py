@@ -114,6 +114,7 @@ class TrainConfig:
     save_every_steps: Annotated[int, at_least(1)] = 200
     save_every_minutes: Annotated[float, between(0.01, 1e6)] | None = 10.0
     keep_last: Annotated[int, at_least(2)] = 2
+    keep_every_steps: Annotated[int, at_least(1)] | None = None
     early_stop_patience: Annotated[int, at_least(1)] | None = None
     wandb_project: str | None = None
 

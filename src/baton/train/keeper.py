@@ -13,7 +13,7 @@ import torch
 
 from baton.errors import ConfigError
 from baton.stage import Leg
-from baton.store.checkpoint import Checkpoints
+from baton.store.checkpoint import Retention
 from baton.train import state as saved
 from baton.train.precision import Precision
 from baton.train.ranks import Ranks
@@ -42,6 +42,7 @@ class Keeper:
     names: Mapping[torch.nn.Parameter, str]
     precision: Precision
     keep_last: int
+    keep_every_steps: int | None
     identity: Mapping[str, str]
     environment: Mapping[str, str]
     allow_changed: Sequence[str] = ()
@@ -49,10 +50,7 @@ class Keeper:
     saved_at: float = field(default_factory=time.monotonic)
 
     def __post_init__(self) -> None:
-        leg = self.leg
-        self.checkpoints = Checkpoints(
-            leg.store, self.prefix, leg.record.number, leg.check_fence, leg.now, leg.notice
-        )
+        self.checkpoints = self.leg.checkpoints(self.prefix)
 
     def restore(self, fresh: TrainState, timing: Timing) -> tuple[TrainState, Timing]:
         """Go on from the newest checkpoint that is whole, or start with `fresh` at step 0.
@@ -70,12 +68,14 @@ class Keeper:
         else:
             found = self.ranks.broadcast(None)
             if found is not None:
-                self.checkpoints.fetch(found, folder)
+                self.checkpoints.fetch_anywhere(found, folder)
         if found is not None:
             fresh, timing = self._load(folder)
             self.saved_step = fresh.step
         shutil.rmtree(folder, ignore_errors=True)
-        self.leg.amend(from_step=fresh.step, to_step=fresh.step, durable_step=found)
+        self.leg.amend(from_step=fresh.step, to_step=fresh.step)
+        if found is not None and self.leg.is_first:
+            self.leg.saved(self.prefix, fresh.step, self._retention(fresh))
         return fresh, timing
 
     def _load(self, folder: Path) -> tuple[TrainState, Timing]:
@@ -119,10 +119,9 @@ class Keeper:
             self.saved_step = state.step
             seconds = time.monotonic() - self.saved_at
             self.leg.log("saved", step=state.step, seconds=seconds)
-            self.leg.report(durable_step=state.step)
+        self.leg.saved(self.prefix, state.step, self._retention(state))
         signalled = self.leg.stop.is_set
         self.leg.amend(
-            durable_step=self.saved_step,
             to_step=state.step,
             signal_to_durable_seconds=(
                 round(self.leg.stop.seconds_since(), 3) if signalled else None
@@ -140,5 +139,11 @@ class Keeper:
         saved.write_state(state, timing, staging)
         self.checkpoints.save(state.step, staging)
         shutil.rmtree(staging)
-        best = state.best
-        self.checkpoints.prune(keep={best[0]} if best else (), keep_last=self.keep_last)
+        self.checkpoints.prune(self._retention(state))
+
+    def _retention(self, state: TrainState) -> Retention:
+        return Retention(
+            keep_last=self.keep_last,
+            keep_every_steps=self.keep_every_steps,
+            best=state.best[0] if state.best else None,
+        )

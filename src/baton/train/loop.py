@@ -122,6 +122,7 @@ class Loop:
             names=names,
             precision=self.precision,
             keep_last=config.keep_last,
+            keep_every_steps=config.keep_every_steps,
             identity=self.identity,
             environment=self.environment,
             allow_changed=self.allow_changed,
@@ -152,7 +153,7 @@ class Loop:
         self.state, self.timing = self.keeper.restore(self.state, self.timing)
         how = "starting" if self.keeper.saved_step is None else "resumed"
         self.leg.log(how, step=f"{self.state.step}/{self.total}")
-        self.journal.report(self.state, self.total, durable_step=self.keeper.saved_step)
+        self.journal.report(self.state, self.total)
         if self.leg.is_first:
             self.metrics.resume(self.state.step, dev_pending=self.state.dev_pending)
         try:

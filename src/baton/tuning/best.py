@@ -32,11 +32,11 @@ def fetch_best(checkpoints: Checkpoints, store: Store, target: Path, *, task: st
     rank = {int(row[0]): badness(row) for row in history}
     # Of equals the earlier, as retention keeps it; of those never evaluated the newest.
     steps = sorted(
-        checkpoints.steps(), key=lambda s: (rank[s], s) if s in rank else (float("inf"), -s)
+        checkpoints.everywhere(), key=lambda s: (rank[s], s) if s in rank else (float("inf"), -s)
     )
     for step in steps:
         try:
-            checkpoints.fetch(step, target)
+            checkpoints.fetch_anywhere(step, target)
             return step
         except DamagedError as error:
             log.warning("%s; the next best checkpoint is used instead", error)

@@ -25,7 +25,6 @@ from baton.record import (
     dump_json,
 )
 from baton.stage import Leg, Outcome
-from baton.store.checkpoint import Checkpoints
 from baton.train.adapters import FOLDER as ADAPTER
 from baton.train.environment import environment_of
 from baton.train.metrics import FILE as METRICS
@@ -98,9 +97,7 @@ def shard_name(number: int) -> str:
 
 def _fetch_best(leg: Leg, ranks: Ranks) -> int:
     """Bring the best checkpoint that is whole to `.best-RANK`; returns its step."""
-    checkpoints = Checkpoints(
-        leg.store, f"{TRAIN}/checkpoints", leg.record.number, leg.check_fence, leg.now
-    )
+    checkpoints = leg.checkpoints(f"{TRAIN}/checkpoints")
     return fetch_best(checkpoints, leg.store, _best_folder(leg, ranks), task=leg.task.name)
 
 

@@ -6,7 +6,6 @@ import shutil
 
 from baton.record import dump_json
 from baton.stage import Leg
-from baton.store.checkpoint import Checkpoints
 from baton.train.adapters import FOLDER as ADAPTER
 from baton.train.learner import Learner
 from baton.train.state import MODEL
@@ -24,9 +23,7 @@ def write_final(leg: Leg, learner: Learner, model: Model, *, method: str) -> Non
     An adapter is a folder for `PeftModel.from_pretrained`, a fully trained model one for
     `from_pretrained` of its own class. `task.json` says what it is and where it comes from.
     """
-    checkpoints = Checkpoints(
-        leg.store, f"{TRAIN}/checkpoints", leg.record.number, leg.check_fence, leg.now
-    )
+    checkpoints = leg.checkpoints(f"{TRAIN}/checkpoints")
     best, final = leg.folder / ".best-final", leg.folder / ".final"
     shutil.rmtree(final, ignore_errors=True)
     final.mkdir()

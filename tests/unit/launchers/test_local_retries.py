@@ -73,7 +73,9 @@ def run(
     monkeypatch.setattr(sys, "executable", str(stub))
     launcher = LocalLauncher(LocalSite(launcher="local", retries=1), StopSignal(), gpus=[])
     told = Told()
-    request = Request(plan=plan, plan_path=path, store_root=place, tasks=["one"])
+    request = Request(
+        plan=plan, plan_path=path, store_root=place, store_url=str(place), tasks=["one"]
+    )
     [status] = launcher.submit(request, told).values()
     return status, len(list(place.glob("trial/*/tasks/one/legs/*.json"))), told.events
 

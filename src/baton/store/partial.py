@@ -1,0 +1,108 @@
+"""A file that arrives in parts, and goes on where a killed process stopped."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from baton.errors import DamagedError
+from baton.store.parallel import in_parallel
+
+PART_BYTES = 8 * 2**20
+_READ_BYTES = 2**20
+
+
+def fetch_in_parts(
+    target: Path,
+    *,
+    size: int,
+    sha256: str,
+    what: str,
+    read: Callable[[int, int], bytes],
+    part_bytes: int = PART_BYTES,
+) -> None:
+    """Fill `target` with `read(start, length)` of every part, several parts at once.
+
+    Bytes go to `<target>.part`; which parts are there is noted in `<target>.part.done`, so the
+    next process goes on. The file gets its name when its SHA-256 is right (an empty `sha256`
+    is not compared).
+
+    Raises:
+        DamagedError: the bytes are not those, twice in a row.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    notes = _Notes(target, f"{size} {sha256} {part_bytes}")
+    for attempt in (1, 2):
+        found = _fill(notes, size, part_bytes, read)
+        if not sha256 or found == sha256:
+            with open(notes.file, "rb") as file:
+                os.fsync(file.fileno())
+            os.replace(notes.file, target)
+            notes.forget()
+            return
+        # On the way, or left by a machine that lost power, a byte may have changed: once more.
+        notes.forget()
+        if attempt == 2:
+            raise DamagedError(
+                f"{what}: the bytes that arrive are not what was saved"
+                f" (SHA-256 {found[:12]}…, expected {sha256[:12]}…)"
+            )
+
+
+def _fill(notes: _Notes, size: int, part_bytes: int, read: Callable[[int, int], bytes]) -> str:
+    """Bring what is missing; returns the SHA-256 of all, taken while later parts arrive."""
+    done = notes.begin()
+    descriptor = os.open(notes.file, os.O_RDWR | os.O_CREAT, 0o644)
+    digest = hashlib.sha256()
+    try:
+        os.truncate(descriptor, size)
+
+        def bring(start: int) -> int:
+            if start not in done:
+                data = memoryview(read(start, min(part_bytes, size - start)))
+                place = start
+                while data:
+                    written = os.pwrite(descriptor, data, place)
+                    data, place = data[written:], place + written
+            return start
+
+        for start in in_parallel(bring, range(0, size, part_bytes)):
+            if start not in done:
+                notes.add(start)
+            end = min(start + part_bytes, size)
+            for place in range(start, end, _READ_BYTES):
+                digest.update(os.pread(descriptor, min(_READ_BYTES, end - place), place))
+    finally:
+        os.close(descriptor)
+    return digest.hexdigest()
+
+
+class _Notes:
+    """Which parts of a file have arrived, beside the file."""
+
+    def __init__(self, target: Path, identity: str) -> None:
+        self.file = target.with_name(f"{target.name}.part")
+        self.list = target.with_name(f"{target.name}.part.done")
+        self.identity = identity
+
+    def begin(self) -> set[int]:
+        """Starts of the parts that an earlier process brought of this very file."""
+        lines = self.list.read_text().splitlines(keepends=True) if self.list.exists() else []
+        if self.file.exists() and lines and lines[0].strip() == self.identity:
+            # A kill may have cut the last line off.
+            return {int(line) for line in lines[1:] if line.endswith("\n")}
+        self.forget()
+        self.list.write_text(f"{self.identity}\n")
+        return set()
+
+    def add(self, start: int) -> None:
+        with open(self.list, "a") as notes:
+            notes.write(f"{start}\n")
+
+    def forget(self) -> None:
+        for path in (self.file, self.list):
+            with contextlib.suppress(FileNotFoundError):
+                path.unlink()
