@@ -61,7 +61,7 @@ class DockerLauncher:
             return {}
         info = self.engine.info()
         image = self.engine.image(self.site.image)
-        place = place_of(self.site, request.store_root, self.engine, image.id)
+        place = place_of(self.site, request, self.engine, image.id)
         place.send(request)
         with contextlib.ExitStack() as held:
             tasks = [task for task in request.tasks if hold(request, task, held, view)]
@@ -85,7 +85,7 @@ class DockerLauncher:
     def cancel(self, request: Request, view: View) -> None:
         """Mark the tasks, so that nobody starts them, and stop their containers."""
         image = self.engine.image(self.site.image)
-        place = place_of(self.site, request.store_root, self.engine, image.id)
+        place = place_of(self.site, request, self.engine, image.id)
         at_work = {c.labels[TASK_LABEL]: c for c in self._containers(request) if c.is_running}
         for task in request.tasks:
             marker = f"{task_prefix(request.plan, task)}/{CANCELLED}"
@@ -99,7 +99,7 @@ class DockerLauncher:
     def preview(self, request: Request) -> str:
         """The command of every task; starts nothing."""
         image = Image(self.site.image, self.site.image)
-        place = place_of(self.site, request.store_root, self.engine, image.id)
+        place = place_of(self.site, request, self.engine, image.id)
         devices = self.site.gpus if isinstance(self.site.gpus, list) else []
         lines = []
         for task in request.tasks:
@@ -149,7 +149,7 @@ class DockerLauncher:
         ]
         image = self.engine.image_if_there(self.site.image)
         if stale and image is not None:
-            place = place_of(self.site, request.store_root, self.engine, image.id)
+            place = place_of(self.site, request, self.engine, image.id)
             place.fetch(request, stale)
         stages = PIPELINES[request.plan.pipeline]().stage_names
         root, plan = request.store_root, request.plan

@@ -18,6 +18,7 @@ from baton.launchers.base import LOG, Request
 from baton.launchers.docker_engine import Engine
 from baton.runner import task_prefix
 from baton.store.local import LocalStore
+from baton.store.open import is_remote
 
 RUNS = "/runs"
 # Where the image keeps jobs/ and launch/; a relative path of an experiment is found below.
@@ -152,12 +153,20 @@ class Volume:
         self._run("sh", "-c", script, given=packed.getvalue())
 
 
-def place_of(site: DockerSite, root: Path, engine: Engine, image: str) -> Place:
-    """Where the containers of a site keep the store at `root`.
+def place_of(site: DockerSite, request: Request, engine: Engine, image: str) -> Place:
+    """Where the containers of a site keep a request's store.
 
     Raises:
-        ConfigError: the engine is on another machine, and the site names no volume.
+        ConfigError: the store is remote, or the engine is on another machine and the site names
+            no volume.
     """
+    root = request.store_root
+    if is_remote(request.store_url):
+        raise ConfigError(
+            f"store {request.store_url}: this launcher keeps its store in a folder or a volume;"
+            " with a remote one run the image itself, which needs nothing else: docker run … IMAGE run"
+            f" {request.plan.experiment} --task TASK --store {request.store_url}"
+        )
     if site.volume is not None:
         return Volume(root, site.volume, engine, image)
     if engine.is_elsewhere:
