@@ -164,7 +164,7 @@ def place_of(site: DockerSite, request: Request, engine: Engine, image: str) -> 
     if is_remote(request.store_url):
         raise ConfigError(
             f"store {request.store_url}: this launcher keeps its store in a folder or a volume;"
-            " with a remote one run the image itself, which needs nothing else: docker run … IMAGE run"
+            " with a remote one run the image itself, no launcher needed: docker run … IMAGE run"
             f" {request.plan.experiment} --task TASK --store {request.store_url}"
         )
     if site.volume is not None:
