@@ -42,7 +42,13 @@ class Case:
             created=utc_now(),
             baton_version="0",
         )
-        request = Request(plan=plan, plan_path=root / "plan.json", store_root=root, tasks=["a"])
+        request = Request(
+            plan=plan,
+            plan_path=root / "plan.json",
+            store_root=root,
+            store_url=str(root),
+            tasks=["a"],
+        )
         self.store = task_store(root, plan, "a")
         self.heard, self.stop = Heard(), StopSignal()
         self.verdicts = Verdicts(request, self.stop, 1, self.heard)
