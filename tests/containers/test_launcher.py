@@ -93,7 +93,8 @@ def test_a_killed_container_and_a_killed_launcher_lose_no_step_and_no_line(
     assert_no_step_twice(project.task(task))
     log = project.log(task)
     steps = re.findall(r" step task=long leg=2 stage=train step=(\d+)/400 ", log)
-    wanted = [str(step) for step in range(begun + 10, 401, 10)]
+    # An evaluation saves too, at a step that need not be logged.
+    wanted = [str(step) for step in range(begun + 1, 401) if step % 10 == 0]
     assert steps == wanted, "a line was lost or copied twice"
     assert log.count("leg ended") == 1
 
