@@ -159,7 +159,8 @@ def test_an_answer_that_was_lost_is_no_other_leg(lab: Lab, far: Far, tmp_path: P
 def test_a_zombie_stores_no_manifest_and_stops(lab: Lab, far: Far, tmp_path: Path) -> None:
     here = lab.task(url=far.url())
     older = lab.start(here)
-    wait_for(older, r"stored .* step=2 ")
+    # A slow store takes the newest of several.
+    wait_for(older, r"stored .* step=[2468] ")
     older.kill(signal.SIGSTOP)
     _node_vanishes(far, here)
     there = moved(lab, here)

@@ -51,7 +51,7 @@ from baton.store.base import Batch, Listed, Wanted, check_name
 from baton.store.card import CARD, is_ours
 from baton.store.commits import CommitBudget
 from baton.store.parallel import all_of
-from baton.store.partial import PART_BYTES, fetch_in_parts
+from baton.store.partial import PART_BYTES, TRIES, fetch_in_parts
 
 log = logging.getLogger(__name__)
 
@@ -322,7 +322,7 @@ class Repository:
 
     def read(self, file: HubFile, path: str) -> bytes:
         """A whole file at the commit last looked at. Raises `DamagedError`."""
-        for _ in range(2):
+        for _ in range(TRIES):
             data = self._get(path, {})
             if _is_it(file, data):
                 return data
@@ -338,12 +338,14 @@ class Repository:
             # A server may answer a range with everything.
             return data if len(data) == length else data[start : start + length]
 
-        fetch_in_parts(
-            target, size=file.size, sha256=sha256, what=what, read=read, part_bytes=PART_BYTES
-        )
-        if not sha256 and not _is_it(file, target.read_bytes()):
+        for _ in range(TRIES):
+            fetch_in_parts(
+                target, size=file.size, sha256=sha256, what=what, read=read, part_bytes=PART_BYTES
+            )
+            if sha256 or _is_it(file, target.read_bytes()):
+                return
             target.unlink()
-            raise DamagedError(f"{what}: the bytes that arrive are not what was saved")
+        raise DamagedError(f"{what}: the bytes that arrive are not what was saved")
 
     def commit(
         self, title: str, build: Callable[[Files], list[Operation]], *, urgent: bool = False

@@ -12,6 +12,9 @@ from baton.errors import DamagedError
 from baton.store.parallel import in_parallel
 
 PART_BYTES = 8 * 2**20
+# How often something that arrives other than it was saved is asked for: a byte may change on the
+# way, several times in a row behind a bad device; what lies damaged in the store stays so.
+TRIES = 4
 _READ_BYTES = 2**20
 
 
@@ -31,11 +34,11 @@ def fetch_in_parts(
     is not compared).
 
     Raises:
-        DamagedError: the bytes are not those, twice in a row.
+        DamagedError: the bytes are not those, `TRIES` times in a row.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     notes = _Notes(target, f"{size} {sha256} {part_bytes}")
-    for attempt in (1, 2):
+    for attempt in range(1, TRIES + 1):
         found = _fill(notes, size, part_bytes, read)
         if not sha256 or found == sha256:
             with open(notes.file, "rb") as file:
@@ -43,9 +46,9 @@ def fetch_in_parts(
             os.replace(notes.file, target)
             notes.forget()
             return
-        # On the way, or left by a machine that lost power, a byte may have changed: once more.
+        # Changed on the way, or left by a machine that lost power: again.
         notes.forget()
-        if attempt == 2:
+        if attempt == TRIES:
             raise DamagedError(
                 f"{what}: the bytes that arrive are not what was saved"
                 f" (SHA-256 {found[:12]}…, expected {sha256[:12]}…)"

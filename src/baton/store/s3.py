@@ -24,7 +24,7 @@ from urllib3.exceptions import HTTPError
 from baton.errors import ConfigError, DamagedError, FencedError, NameMissing, NameTaken, StoreError
 from baton.store.base import Batch, Listed, Wanted, check_name, explained
 from baton.store.parallel import WORKERS, all_of, in_parallel
-from baton.store.partial import PART_BYTES, fetch_in_parts
+from baton.store.partial import PART_BYTES, TRIES, fetch_in_parts
 from baton.store.s3_errors import explain, is_missing, is_refused_condition
 
 log = logging.getLogger(__name__)
@@ -91,11 +91,11 @@ class S3Store:
 
     def read(self, name: str) -> bytes:
         key = self._key(name)
-        for attempt in (1, 2):
+        for attempt in range(TRIES):
             data, promised = self._bucket.get(key, self._what(name))
             if promised in ("", hashlib.sha256(data).hexdigest()):
                 return data
-            log.debug("%s: a byte changed on the way (try %d)", key, attempt)
+            log.debug("%s: a byte changed on the way (try %d)", key, attempt + 1)
         raise DamagedError(f"{self._what(name)}: the bytes there are not what was saved")
 
     def write(self, name: str, data: bytes, *, exclusive: bool = False) -> None:
