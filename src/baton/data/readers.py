@@ -114,3 +114,16 @@ def _require_columns(source: Source) -> None:
                 f"{source.path}: {source.columns.count(name)} columns are named {name!r}; "
                 "rename all but the one to read"
             )
+
+
+def read_column(path: Path, *, encoding: str | None, columns: Columns, name: str) -> list[str]:
+    """One field of every row of a file, all of which must be usable.
+
+    Raises:
+        DataError: names each row that is not, with its line.
+    """
+    rows = list(read_rows(path, encoding=encoding, columns={name: columns[name]}))
+    bad = [f"{path}:{row.line}: {row.detail}" for row in rows if isinstance(row, Reject)]
+    if bad:
+        raise DataError("\n".join(bad))
+    return [row.values[name] for row in rows if not isinstance(row, Reject)]

@@ -24,6 +24,7 @@ class Learner:
     model: torch.nn.Module
     weights: Weights
     base_fingerprint: str
+    compiled: bool = False
 
     @property
     def trainable_parameters(self) -> int:
@@ -74,4 +75,10 @@ def build_learner(
         compile_layers(network)
     if activation_checkpointing:
         recompute_layers(network)
-    return Learner(network=network, model=trained, weights=weights, base_fingerprint=base)
+    return Learner(
+        network=network,
+        model=trained,
+        weights=weights,
+        base_fingerprint=base,
+        compiled=compiled,
+    )

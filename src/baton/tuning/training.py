@@ -9,7 +9,6 @@ from baton.data.tokenise import TokenFile
 from baton.record import dump_json
 from baton.stage import Leg, Outcome
 from baton.train.environment import environment_of, make_deterministic
-from baton.train.layers import is_compiled
 from baton.train.learner import Learner
 from baton.train.loop import Loop
 from baton.train.loss import CausalLoss
@@ -82,7 +81,7 @@ def build_loop(leg: Leg, *, stop_at: int | None = None) -> tuple[Loop, Learner]:
             loss=CausalLoss(
                 learner.network,
                 compute_dtype=Precision.choose(config.train.precision, ranks.device).dtype,
-                compiled=is_compiled(config.train, ranks.device),
+                compiled=learner.compiled,
             ),
             train=TokenFile(leg.folder / DATA, "train"),
             dev=TokenFile(leg.folder / DATA, "dev"),

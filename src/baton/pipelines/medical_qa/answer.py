@@ -6,10 +6,8 @@ from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
 
-from baton.data.readers import read_rows
-from baton.data.rows import Reject
+from baton.data.readers import read_column
 from baton.data.tokenise import ChatEncoder
-from baton.errors import DataError
 from baton.eval.answer import Ask, Trained, refuse_documents
 from baton.eval.config import GenerateConfig
 from baton.pipelines.medical_qa.config import MedicalQA
@@ -36,12 +34,9 @@ class MedicalQAAnswerer:
         return [Ask(question=question) for question in SAMPLES]
 
     def read(self, path: Path) -> Sequence[Ask]:
-        columns = {"question": self._config.data.columns["question"]}
-        rows = list(read_rows(path, encoding=self._config.data.encoding, columns=columns))
-        bad = [f"{path}:{row.line}: {row.detail}" for row in rows if isinstance(row, Reject)]
-        if bad:
-            raise DataError("\n".join(bad))
-        return [Ask(question=row.values["question"]) for row in rows if not isinstance(row, Reject)]
+        data = self._config.data
+        questions = read_column(path, encoding=data.encoding, columns=data.columns, name="question")
+        return [Ask(question=question) for question in questions]
 
     @cached_property
     def _encoder(self) -> ChatEncoder:

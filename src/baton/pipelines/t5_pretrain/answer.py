@@ -9,9 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from baton.data.pairs import PairEncoder
-from baton.data.readers import read_rows
-from baton.data.rows import Reject
-from baton.errors import DataError
+from baton.data.readers import read_column
 from baton.eval.answer import Ask, Trained, refuse_documents
 from baton.eval.config import GenerateConfig
 from baton.eval.generate import generate_responses
@@ -42,12 +40,9 @@ class T5Answerer:
         return [Ask(question=question) for question in SAMPLES]
 
     def read(self, path: Path) -> Sequence[Ask]:
-        columns = {"prompt": self._config.data.columns["prompt"]}
-        rows = list(read_rows(path, encoding=self._config.data.encoding, columns=columns))
-        bad = [f"{path}:{row.line}: {row.detail}" for row in rows if isinstance(row, Reject)]
-        if bad:
-            raise DataError("\n".join(bad))
-        return [Ask(question=row.values["prompt"]) for row in rows if not isinstance(row, Reject)]
+        data = self._config.data
+        questions = read_column(path, encoding=data.encoding, columns=data.columns, name="prompt")
+        return [Ask(question=question) for question in questions]
 
     @cached_property
     def _tokenizer(self) -> Any:
