@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -67,10 +68,11 @@ def build_learner(
     weights: Weights = FullWeights(network)
     if adapter.method != "full":
         name = describe(model)["name"]
+        if not packed:
+            adapter = dataclasses.replace(adapter, dropout=0.0)
         trained = adapters.attach(network, adapter, base_name=name, seed=seed)
         weights = adapters.AdapterWeights(trained)
-        if packed:
-            stack_projections(trained)
+        stack_projections(trained)
     if compiled:
         compile_layers(network)
     if activation_checkpointing:
