@@ -1,6 +1,6 @@
 """Supervised fine-tuning on one GPU: the training loop beside its peers, each in a fresh process.
 
-    python bench/gpu_sft.py [lora qlora lora_memory qlora_memory raft
+    python bench/gpu_sft.py [lora_planned lora qlora lora_memory qlora_memory raft
                              raft_memory_1 raft_memory_2 raft_memory_4
                              reference trl trainer] [--steps 16]
 
@@ -83,18 +83,22 @@ def question_lengths(count: int) -> np.ndarray[Any, Any]:
 
 @dataclass(frozen=True, kw_only=True)
 class Arm:
-    """One way of training: `batch` samples a step, micro-batches of at most `budget` tokens."""
+    """One way of training: `batch` samples a step, micro-batches of at most `budget` tokens.
+
+    What is None is planned by the loop.
+    """
 
     shape: Mapping[str, Any]
     method: str
     batch: int
-    budget: int
-    recompute: bool = False
+    budget: int | None = None
+    recompute: bool | None = False
     rank: int = 16
     length: int | None = None
 
 
 ARMS = {
+    "lora_planned": Arm(shape=QWEN25_3B, method="lora", batch=96, recompute=None),
     "lora": Arm(shape=QWEN25_3B, method="lora", batch=96, budget=14336),
     "qlora": Arm(shape=QWEN25_3B, method="qlora", batch=96, budget=14336),
     "lora_memory": Arm(shape=QWEN25_3B, method="lora", batch=96, budget=10240, recompute=True),
@@ -121,8 +125,8 @@ def samples(arm: Arm, steps: int) -> Samples:
     return Samples(lengths, arm.shape["vocab_size"])
 
 
-def train(arm: Arm, steps: int) -> dict[str, float]:
-    """The arm through `Loop`, as a task trains."""
+def build(arm: Arm, steps: int, on_progress: Callable[[Mapping[str, Any]], None]) -> Any:
+    """The `Loop` that trains the arm, as in a task; with the folder it writes to."""
     import torch
 
     from baton.handover import StopSignal
@@ -136,15 +140,6 @@ def train(arm: Arm, steps: int) -> dict[str, float]:
     from baton.train.loop import Loop
     from baton.train.loss import CausalLoss
     from baton.train.ranks import Ranks
-
-    marks: dict[int, float] = {}
-    tokens: dict[int, int] = {}
-
-    def mark(values: Mapping[str, Any]) -> None:
-        step = values.get("step")
-        if step in (WARM_STEPS, steps) and step not in marks:
-            torch.cuda.synchronize()
-            marks[step], tokens[step] = time.monotonic(), loop.state.tokens
 
     root = Path(tempfile.mkdtemp())
     task, started = TaskPlan(name="bench", config={}), "2026-01-01T00:00:00Z"
@@ -168,7 +163,7 @@ def train(arm: Arm, steps: int) -> dict[str, float]:
         peers=Alone(),
         check_fence=lambda: None,
         now=lambda: started,
-        on_progress=mark,
+        on_progress=on_progress,
     )
     ranks = Ranks.join()
     config = TrainConfig(
@@ -190,11 +185,9 @@ def train(arm: Arm, steps: int) -> dict[str, float]:
         compute_dtype=torch.bfloat16,
         packed=True,
         seed=0,
-        activation_checkpointing=arm.recompute,
         compiled=is_compiled(config, ranks.device),
     )
-    source = samples(arm, steps)
-    loop = Loop(
+    return Loop(
         leg=leg,
         ranks=ranks,
         config=config,
@@ -205,12 +198,29 @@ def train(arm: Arm, steps: int) -> dict[str, float]:
             compute_dtype=torch.bfloat16,
             compiled=is_compiled(config, ranks.device),
         ),
-        train=source,
+        train=samples(arm, steps),
         dev=Samples(np.empty(0), 1000),
         environment=environment_of(ranks),
     )
+
+
+def train(arm: Arm, steps: int) -> dict[str, float]:
+    """Real tokens a second after the first steps, and the first step's loss and norm."""
+    import torch
+
+    marks: dict[int, float] = {}
+    tokens: dict[int, int] = {}
+
+    def mark(values: Mapping[str, Any]) -> None:
+        step = values.get("step")
+        if step in (WARM_STEPS, steps) and step not in marks:
+            torch.cuda.synchronize()
+            marks[step], tokens[step] = time.monotonic(), loop.state.tokens
+
+    loop = build(arm, steps, mark)
     loop.run()
-    first = json.loads((root / "train/metrics.jsonl").read_text().splitlines()[0])
+    log = loop.leg.folder / "train/metrics.jsonl"
+    first = json.loads(log.read_text().splitlines()[0])
     seconds = marks[steps] - marks[WARM_STEPS]
     return {
         "tokens_per_s": (tokens[steps] - tokens[WARM_STEPS]) / seconds,

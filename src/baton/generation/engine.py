@@ -18,6 +18,7 @@ from baton.generation.paged_attention import Step
 from baton.generation.pages import PAGE, Pages, pages_for
 from baton.generation.rows import Rows
 from baton.train.attention import can_use_varlen
+from baton.train.layers import plain_layers
 from baton.train.stacked import adapters_held
 
 log = logging.getLogger(__name__)
@@ -117,7 +118,7 @@ class Engine:
         running: list[_Running] = []
         waiting = 0
         try:
-            with adapters_held(self.model):
+            with adapters_held(self.model), plain_layers(self.network):
                 while waiting < len(requests) or running:
                     if should_stop():
                         return

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from baton.train import adapters
 from baton.train.base import describe, fingerprint, load_model
 from baton.train.config import AdapterConfig, ModelConfig
-from baton.train.layers import compile_layers, recompute_layers
+from baton.train.layers import compile_layers
 from baton.train.stacked import stack_projections
 from baton.train.state import FullWeights, Weights
 
@@ -47,12 +47,11 @@ def build_learner(
     compute_dtype: torch.dtype,
     packed: bool,
     seed: int,
-    activation_checkpointing: bool = False,
     compiled: bool = False,
 ) -> Learner:
     """Load the base and attach what is to learn, ready to train (`packed`) or to generate.
 
-    `activation_checkpointing` and `compiled` are for training.
+    `compiled` is for training.
     """
     network = load_model(
         model,
@@ -75,8 +74,6 @@ def build_learner(
         stack_projections(trained)
     if compiled:
         compile_layers(network)
-    if activation_checkpointing:
-        recompute_layers(network)
     return Learner(
         network=network,
         model=trained,
