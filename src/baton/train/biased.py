@@ -90,9 +90,9 @@ class HashDropout(torch.nn.Module):  # type: ignore[misc]
         if not self.training or self.p == 0:
             return x
         seed = torch.randint(2**31 - 1, (1,), dtype=torch.int32, device=x.device)
-        # Wellons' lowbias32, in arithmetic of 32 signed bits that wraps.
-        word = torch.arange(x.numel(), dtype=torch.int32, device=x.device).view(x.shape)
-        word = word * -0x61C8864F + seed
+        # Wellons' lowbias32, in arithmetic of 32 signed bits that wraps. The seed comes first:
+        # products of a bare index the compiler works out by itself, in wider numbers.
+        word = torch.arange(x.numel(), dtype=torch.int32, device=x.device).view(x.shape) + seed
         word = (word ^ ((word >> 16) & 0xFFFF)) * 0x7FEB352D
         word = (word ^ ((word >> 15) & 0x1FFFF)) * -0x7B935975
         word = word ^ ((word >> 16) & 0xFFFF)
