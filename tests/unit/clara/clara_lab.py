@@ -143,9 +143,7 @@ def source_of(learner: ClaraLearner, asks, *, queries: bool) -> ClaraSource:
     prompter = Prompter(learner.vocabulary)
     said = [(*prompter.question(q, len(d) if not queries else 2), a) for q, a, d in asks]
     source = ClaraSource.__new__(ClaraSource)
-    source.turns = MemoryFile(
-        [(e.tokens, e.prompt) for e in prompter.encode(said, max_length=400)]
-    )
+    source.turns = MemoryFile([(e.tokens, e.prompt) for e in prompter.encode(said, max_length=400)])
     source.lists = MemoryFile([(list(d), 0) for _, _, d in asks])
     ids = learner.vocabulary.encoder_ids(TEXTS)
     source.documents = MemoryFile([(i, len(i)) for i in ids])
