@@ -153,7 +153,7 @@ def _verified(chunk: str, items: Sequence[str], teacher: Teacher, limits: Limits
         return [_Verdict(tuple(missing), tuple(wrong))]
 
     request = f"{_VERIFY}\n\n{_document(chunk)}\n\n<ITEMS>\n{numbered}\n</ITEMS>"
-    [verdict] = _ask(teacher, request, read, limits)
+    verdict: _Verdict = _ask(teacher, request, read, limits)[0]
     return verdict
 
 
