@@ -13,8 +13,9 @@ import torch
 
 from baton.config.decode import decode, encode
 from baton.errors import DamagedError
-from baton.eval.generate import Answers, generate
+from baton.eval.generate import Answers
 from baton.eval.score import ScoreSheet
+from baton.generation.answer import answer_batches
 from baton.record import (
     EvalRecord,
     GenerationFigures,
@@ -61,7 +62,8 @@ class Exam:
         ends: tokens that end an answer besides the model's own.
         score: from the answers, in the order of the questions.
         model: who answers; the task's chat model unless given.
-        answer: how it answers a batch of prompts; see `generate`.
+        answer: how it answers a batch of prompts, where that is not as any chat model does; see
+            `generate`.
         stage: the one whose best checkpoint answers.
     """
 
@@ -69,7 +71,7 @@ class Exam:
     ends: Sequence[int]
     score: Callable[[Sequence[str]], ScoreSheet]
     model: Model | None = None
-    answer: Callable[..., Answers | None] = generate
+    answer: Callable[..., Answers | None] | None = None
     stage: str = TRAIN
 
 
@@ -120,18 +122,17 @@ def _answer(
     tokenizer = model.tokenizer()
     total = len(shards)
     answered = total - len(mine)
-    for number in mine:
-        answers = exam.answer(
-            learner.model,
-            tokenizer,
-            [question.prompt for question in shards[number]],
-            config.eval.generate,
-            ends=exam.ends,
-            seed=number,
-            should_stop=lambda: leg.stop.is_set,
-        )
-        if answers is None:
-            return
+    batches = answer_batches(
+        learner.model,
+        tokenizer,
+        {number: [question.prompt for question in shards[number]] for number in mine},
+        config.eval.generate,
+        ends=exam.ends,
+        exact=config.train.deterministic,
+        should_stop=lambda: leg.stop.is_set,
+        answer=exam.answer,
+    )
+    for number, answers in batches:
         peak = torch.cuda.max_memory_allocated() if ranks.device.type == "cuda" else None
         shard = {
             "rows": [question.number for question in shards[number]],

@@ -16,6 +16,7 @@ from baton.pipelines.clara.model import ClaraLearner, build
 from baton.pipelines.clara.prompt import Prompter
 from baton.train.base import train_tokenizer
 from baton.train.config import AdapterConfig, PathModel
+from baton.train.layers import recompute_layers
 
 TEXTS = [
     "Arden lies on the river Wye. It was founded in 1250.",
@@ -107,8 +108,9 @@ def learner(base):
             device=torch.device("cpu"),
             compute_dtype=torch.float32,
             seed=seed,
-            activation_checkpointing=checkpointing,
         )
+        if checkpointing:
+            recompute_layers(made.network)
         generator = torch.Generator().manual_seed(1)
         for name, parameter in made.model.named_parameters():
             if "lora_B" in name:
