@@ -50,7 +50,8 @@ stage2:
 stage3:
   max_length: 192
   top_k: 1
-  train: {epochs: 60, batch_samples: 16, micro_batch: 16, learning_rate: 5e-4,
+  temperature: 0.3             # at 0.02 the choices of so small a model are settled already
+  train: {max_steps: 200, batch_samples: 16, micro_batch: 16, learning_rate: 2e-4,
     eval_every_steps: 100000, save_every_steps: 1000, log_every_steps: 10}
 eval: {generate: {max_new_tokens: 48, batch_size: 50}, bootstrap_resamples: 100, systems: [clara]}
 """

@@ -266,6 +266,20 @@ def test_activation_checkpointing_changes_no_bit(finished: Task, tmp_path: Path)
     assert odd == []
 
 
+def test_bfloat16_trains_through_all_stages_to_nearly_the_same_losses(
+    finished: Task, tmp_path: Path
+) -> None:
+    task = Task(tmp_path / "task", **{f"stage{n}__train__precision": "bf16" for n in (1, 2, 3)})
+    assert task.run() is Outcome.FINISHED
+
+    def first_loss(of: Task, stage: str) -> float:
+        line = (of.root / stage / "metrics.jsonl").read_text().splitlines()[0]
+        return json.loads(line)["loss"]
+
+    assert first_loss(task, "stage1") != first_loss(finished, "stage1")
+    assert first_loss(task, "stage1") == pytest.approx(first_loss(finished, "stage1"), rel=0.02)
+
+
 def test_a_preset_is_said_and_kept(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO", logger="baton")
     task = Task(

@@ -160,11 +160,32 @@ def build(
         compute_dtype=compute_dtype,
         packed=True,
     )
-    base = fingerprint(network)
     vocabulary = Vocabulary.extend(tokenizer, vectors=vectors, encoder_tokens=encoder_tokens)
+    return assemble(
+        network,
+        adapter,
+        vocabulary,
+        stage=stage,
+        base_name=describe(model)["name"],
+        seed=seed,
+        compiled=compiled,
+    )
+
+
+def assemble(
+    network: Any,
+    adapter: AdapterConfig,
+    vocabulary: Vocabulary,
+    *,
+    stage: str,
+    base_name: str,
+    seed: int,
+    compiled: bool = False,
+) -> ClaraLearner:
+    """Add rows and the roles of a stage to a loaded base."""
+    base = fingerprint(network)
     embedding = add_rows(network, vocabulary, seed=seed)
-    name = describe(model)["name"]
-    trained = adapters.attach(network, adapter, base_name=name, seed=seed, names=ROLES[stage])
+    trained = adapters.attach(network, adapter, base_name=base_name, seed=seed, names=ROLES[stage])
     roles = Roles(trained)
     learner = ClaraLearner(
         network=network,
