@@ -39,7 +39,9 @@ def verify(plan: Plan, task: TaskPlan, root: Path, stop: StopSignal) -> Verdict:
 
     pipeline = PIPELINES[plan.pipeline]()
     store = task_store(root, plan, task.name)
-    original = _checkpoints(store)
+    trained = [s for s in pipeline.training_stages if _checkpoints(store, s).steps()]
+    stage = trained[-1] if trained else pipeline.training_stages[0]
+    original = _checkpoints(store, stage)
     steps = original.steps()
     if len(steps) < 2:
         raise ConfigError(
@@ -49,15 +51,16 @@ def verify(plan: Plan, task: TaskPlan, root: Path, stop: StopSignal) -> Verdict:
     first, last = steps[-2], steps[-1]
     with tempfile.TemporaryDirectory(dir=store.root, prefix=".verify-") as scratch:
         copy = LocalStore(Path(scratch))
-        for name in ("data", "base"):
+        # A stage may go on from what earlier ones trained.
+        for name in ("data", "base", *trained[:-1]):
             if (store.root / name).exists():
                 (copy.root / name).symlink_to(store.root / name)
         for file in store.names(original.name(first)):
             copy.path(file).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(store.path(file), copy.path(file))
-        leg = _leg(plan, task, copy, stop, decode(pipeline.config, task.config))
+        leg = _leg(plan, task, stage, copy, stop, decode(pipeline.config, task.config))
         pipeline.load_retrain()(leg, last)
-        again = _checkpoints(copy).manifest(last)
+        again = _checkpoints(copy, stage).manifest(last)
     odd = _differences(original.manifest(last), again, MEASURED_FILES)
     stretch = f"{task.name}: steps {first} to {last}"
     if odd:
@@ -71,15 +74,18 @@ def _differences(a: Manifest, b: Manifest, measured: frozenset[str]) -> list[str
     return sorted(name for name in old.keys() | new.keys() if old.get(name) != new.get(name))
 
 
-def _checkpoints(store: LocalStore) -> Checkpoints:
-    return Checkpoints(store, "train/checkpoints", 0, lambda: None, utc_now)
+def _checkpoints(store: LocalStore, stage: str) -> Checkpoints:
+    return Checkpoints(store, f"{stage}/checkpoints", 0, lambda: None, utc_now)
 
 
-def _leg(plan: Plan, task: TaskPlan, store: LocalStore, stop: StopSignal, config: object) -> Leg:
+def _leg(
+    plan: Plan, task: TaskPlan, stage: str, store: LocalStore, stop: StopSignal, config: object
+) -> Leg:
     record = LegRecord(
         task=task.name,
         number=0,
         state="active",
+        stage=stage,
         runner=this_runner(),
         started=utc_now(),
         position=[],

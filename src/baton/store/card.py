@@ -10,16 +10,26 @@ CARD = "README.md"
 _MARK = "<!-- written by baton -->"
 
 
-def model_card(record: EvalRecord, *, repository: str, folder: str, is_adapter: bool) -> str:
+def model_card(
+    record: EvalRecord,
+    *,
+    repository: str,
+    folder: str,
+    is_adapter: bool,
+    loading: str | None = None,
+) -> str:
     """Markdown with the metadata that the Hub reads.
 
     Args:
         repository: `user/name`.
         folder: where in it the final weights lie.
+        loading: how to load them, where it is not the usual way; `{repository}` and `{folder}`
+            stand for the two.
     """
     model = record.model
     hub_base = model["name"] if model.get("source") == "huggingface" else ""
-    head = ["library_name: peft" if is_adapter else "library_name: transformers"]
+    library = "peft" if is_adapter else "transformers" if loading is None else "baton-jobs"
+    head = [f"library_name: {library}"]
     if hub_base:
         head.append(f"base_model: {json.dumps(hub_base)}")
     head.append(f"tags: [baton, {record.pipeline}]")
@@ -51,7 +61,11 @@ def model_card(record: EvalRecord, *, repository: str, folder: str, is_adapter: 
         "",
         "## How to load it",
         "",
-        *_loading(model["name"], repository, folder, is_adapter=is_adapter),
+        *(
+            _loading(model["name"], repository, folder, is_adapter=is_adapter)
+            if loading is None
+            else [loading.replace("{repository}", repository).replace("{folder}", folder)]
+        ),
         "",
         "## Configuration",
         "",

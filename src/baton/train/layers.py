@@ -8,6 +8,7 @@ import importlib.util
 import logging
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -96,12 +97,24 @@ def recompute_layers(network: torch.nn.Module, count: int | None = None) -> None
         plain = getattr(layer.forward, "recomputes", layer.forward)
         chosen = (number + 1) * count // len(layers) > number * count // len(layers)
         if chosen:
-            layer.forward = _recomputing(plain)
+            layer.forward = _recomputing(plain, getattr(layer, "again", nullcontext))
         elif hasattr(layer.forward, "recomputes"):
             layer.forward = plain
     if count:
         # Frozen embeddings would otherwise cut the graph below the first checkpoint.
         _let_inputs_learn(network)
+
+
+def recompute_within(
+    network: torch.nn.Module, again: Callable[[], AbstractContextManager[None]]
+) -> None:
+    """Say what must be as it was when a layer runs again; before `recompute_layers`.
+
+    `again` is called when a layer first runs, the context that it returns is entered when the
+    layer runs again: by then another adapter may be at work, for one.
+    """
+    for layer in layers_of(network):
+        layer.again = again
 
 
 @contextlib.contextmanager
@@ -125,12 +138,17 @@ def _let_inputs_learn(network: torch.nn.Module) -> None:
         embeddings.register_forward_hook(lambda module, inputs, output: output.requires_grad_(True))
 
 
-def _recomputing(forward: Callable[..., Any]) -> Callable[..., Any]:
+def _recomputing(
+    forward: Callable[..., Any], again: Callable[[], AbstractContextManager[None]]
+) -> Callable[..., Any]:
+    def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+        return nullcontext(), again()
+
     @functools.wraps(forward)
     def recomputed(*args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
             return forward(*args, **kwargs)
-        return checkpoint(forward, *args, use_reentrant=False, **kwargs)
+        return checkpoint(forward, *args, use_reentrant=False, context_fn=contexts, **kwargs)
 
     recomputed.recomputes = forward  # type: ignore[attr-defined]
     return recomputed

@@ -43,11 +43,12 @@ class Question:
     """One prompt to answer.
 
     `number` names it in every task of an experiment; `prompt` is rendered up to where the answer
-    begins; `asked` is what people read; `notes` stand beside the answer in predictions.jsonl.
+    begins, or what else the exam's `answer` takes; `asked` is what people read; `notes` stand
+    beside the answer in predictions.jsonl.
     """
 
     number: int
-    prompt: str
+    prompt: Any
     asked: str
     reference: str
     notes: Mapping[str, Any] = field(default_factory=dict)
@@ -63,6 +64,7 @@ class Exam:
         model: who answers; the task's chat model unless given.
         answer: how it answers a batch of prompts, where that is not as any chat model does; see
             `generate`.
+        stage: the one whose best checkpoint answers.
     """
 
     questions: Sequence[Question]
@@ -70,6 +72,7 @@ class Exam:
     score: Callable[[Sequence[str]], ScoreSheet]
     model: Model | None = None
     answer: Callable[..., Answers | None] | None = None
+    stage: str = TRAIN
 
 
 def hold(leg: Leg, exam: Exam) -> Outcome:
@@ -82,7 +85,7 @@ def hold(leg: Leg, exam: Exam) -> Outcome:
     done = set(leg.store.names(f"{FOLDER}/shards"))
     missing = [i for i in range(len(shards)) if shard_name(i) not in done]
     mine = [i for i in missing if i % ranks.size == ranks.rank]
-    best = _fetch_best(leg, ranks)
+    best = _fetch_best(leg, ranks, exam.stage)
     if mine:
         _answer(leg, ranks, exam, shards, mine)
     if ranks.agree(leg.stop.is_set)[0]:
@@ -97,10 +100,11 @@ def shard_name(number: int) -> str:
     return f"{FOLDER}/shards/{number:05d}.json"
 
 
-def _fetch_best(leg: Leg, ranks: Ranks) -> int:
+def _fetch_best(leg: Leg, ranks: Ranks, stage: str) -> int:
     """Bring the best checkpoint that is whole to `.best-RANK`; returns its step."""
-    checkpoints = leg.checkpoints(f"{TRAIN}/checkpoints")
-    return fetch_best(checkpoints, leg.store, _best_folder(leg, ranks), task=leg.task.name)
+    checkpoints = leg.checkpoints(f"{stage}/checkpoints")
+    target = _best_folder(leg, ranks)
+    return fetch_best(checkpoints, leg.store, target, task=leg.task.name, stage=stage)
 
 
 def _best_folder(leg: Leg, ranks: Ranks) -> Path:
@@ -134,6 +138,7 @@ def _answer(
             "rows": [question.number for question in shards[number]],
             "predictions": answers.texts,
             "new_tokens": answers.new_tokens,
+            **({"notes": list(answers.notes)} if answers.notes else {}),
             "measured": {"seconds": answers.seconds, "peak_gpu_memory_bytes": peak},
         }
         leg.check_fence()
@@ -154,11 +159,12 @@ def _score(leg: Leg, ranks: Ranks, exam: Exam, shards: int, best_step: int) -> N
             f"{leg.task.name}: the shards below {FOLDER}/shards are of other test rows;"
             " remove that folder and submit again"
         )
+    notes = [note for s in answered for note in s.get("notes") or [{}] * len(s["rows"])]
     sheet = exam.score(predictions)
-    _write_predictions(leg, questions, predictions, sheet)
-    figures = json.loads(leg.store.read(SUMMARY))
+    _write_predictions(leg, questions, predictions, notes, sheet)
+    figures = json.loads(leg.store.read(f"{exam.stage}/{SUMMARY}"))
     report = read_report(leg)
-    curve = read_lines(leg.folder / TRAIN / METRICS)
+    curve = read_lines(leg.folder / exam.stage / METRICS)
     record = EvalRecord(
         notice=leg.notice,
         experiment=leg.plan.experiment,
@@ -195,7 +201,11 @@ def _score(leg: Leg, ranks: Ranks, exam: Exam, shards: int, best_step: int) -> N
 
 
 def _write_predictions(
-    leg: Leg, questions: Sequence[Question], predictions: list[str], sheet: ScoreSheet
+    leg: Leg,
+    questions: Sequence[Question],
+    predictions: list[str],
+    notes: Sequence[Mapping[str, Any]],
+    sheet: ScoreSheet,
 ) -> None:
     lines = [
         {
@@ -204,8 +214,9 @@ def _write_predictions(
             "reference": q.reference,
             "prediction": prediction,
             **q.notes,
+            **note,
         }
-        for q, prediction in zip(questions, predictions, strict=True)
+        for q, prediction, note in zip(questions, predictions, notes, strict=True)
     ]
     text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
     leg.store.write(f"{FOLDER}/predictions.jsonl", text.encode())
