@@ -82,3 +82,16 @@ def build_learner(
         base_fingerprint=base,
         compiled=compiled,
     )
+
+
+def share_weights(trained: Learner, other: Learner) -> None:
+    """Let `other`, of the same model, read the weights that `trained` trains; its own are freed.
+
+    What the optimizer does to one in place is done to both. Of a 4-bit base, which is frozen and
+    kept in another form, `other` keeps its own.
+    """
+    weights = dict(trained.model.named_parameters())
+    for name, parameter in other.model.named_parameters():
+        source = weights[name]
+        if type(parameter) is torch.nn.Parameter and parameter.dtype == source.dtype:
+            parameter.data = source.data

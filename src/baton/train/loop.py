@@ -31,7 +31,7 @@ from baton.train.state import Timing, TrainState, Weights
 log = logging.getLogger(__name__)
 
 # Matrix products like even sizes; the pads are a percent or two of a full pack.
-_PAD_TO = 256
+PAD_TO = 256
 
 
 class DevScore(Protocol):
@@ -54,6 +54,22 @@ class ReadAhead:
     need: Callable[[Indices], None]
 
 
+class Maker(Protocol):
+    """Makes the samples of a step when its turn has come, as reinforcement learning does."""
+
+    def make(self, step: int, indices: Indices) -> bool:
+        """Have the samples `indices` of the source ready to train on at `step` (0-based).
+
+        A function of the plan, `step` and the weights alone, so that a leg that starts at `step`
+        makes the same. Every rank calls this; False where there was no time for it.
+        """
+        ...
+
+    def figures(self) -> dict[str, float]:
+        """What is to be logged of the step that was trained last; the same on every rank."""
+        ...
+
+
 @dataclass(kw_only=True)
 class Loop:
     """Trains `model` on `train` until its steps are done or a handover is asked for.
@@ -66,6 +82,8 @@ class Loop:
         batching: makes those micro-batches; packs by default.
         score: taken with every dev loss; where it is given, it decides which checkpoint is best.
         read_ahead: hears which samples are to come.
+        maker: where it is given, `train` holds what it made for the step at hand.
+        dev_loss, dev_batching: for the dev loss, where they are others than in training.
         versions: how often `train` holds its samples, end to end; each epoch takes the next
             version of them.
         folder: where this stage keeps its files, relative to the task.
@@ -84,6 +102,9 @@ class Loop:
     batching: Batching | None = None
     score: DevScore | None = None
     read_ahead: ReadAhead | None = None
+    maker: Maker | None = None
+    dev_loss: Callable[[Any], torch.Tensor] | None = None
+    dev_batching: Batching | None = None
     versions: int = 1
     folder: str = "train"
     identity: dict[str, str] = field(default_factory=dict)
@@ -104,9 +125,10 @@ class Loop:
         self.parameters = list(names)
         self.optimizer = build_optimizer(((n, p) for p, n in names.items()), config)
         use_varlen = can_use_varlen(self.ranks.device) and self.precision.is_half
-        pad_to = _PAD_TO if use_varlen else None
+        pad_to = PAD_TO if use_varlen else None
         self.batches = self.batching or Packed(self.ranks.device, pad_to)
-        self.ahead = Ahead(self._collated) if self.ranks.device.type == "cuda" else None
+        is_known_ahead = self.ranks.device.type == "cuda" and self.maker is None
+        self.ahead = Ahead(self._collated) if is_known_ahead else None
         self.state = TrainState(
             tokens_per_micro_batch=config.tokens_per_micro_batch,
             identity=self.identity,
@@ -132,7 +154,7 @@ class Loop:
             ranks=self.ranks,
             folder=self.folder,
             source=self.dev,
-            batching=self.batches,
+            batching=self.dev_batching or self.batches,
             loss=self._dev_micro_batch,
         )
         self.metrics = Metrics(
@@ -197,6 +219,10 @@ class Loop:
         """One optimizer step. Returns whether to stop after it; None if it was abandoned."""
         step = self.state.step
         indices = self._indices(step)
+        if self.maker is not None:
+            is_made = self.maker.make(step, indices)
+            if self.ranks.agree(not is_made)[0]:
+                return None
         lengths = self.train.lengths(indices)
         labelled = int(self.train.labelled(indices).sum())
         if self.read_ahead is not None:
@@ -219,7 +245,8 @@ class Loop:
         set_learning_rate(self.optimizer, self.schedule.at(step))
         norm = self.precision.step(self.optimizer, self.parameters, self.config.clip_norm)
         self.optimizer.zero_grad(set_to_none=True)
-        self.journal.add(step + 1, loss, norm)
+        figures = {} if self.maker is None else self.maker.figures()
+        self.journal.add(step + 1, loss, norm, figures)
         self.journal.speed.count(int(lengths.sum()))
         self.state.step += 1
         self.state.samples += len(indices)
@@ -262,9 +289,6 @@ class Loop:
         shares = self.batches.cut(self.train, indices, ranks=self.ranks.size, budget=budget)
         for share in shares[self.ranks.rank]:
             yield self.batches.collate(self.train, indices[share], budget=budget)
-
-    def _collate(self, source: TokenSource, indices: Indices) -> Any:
-        return self.batches.collate(source, indices, budget=self.state.tokens_per_micro_batch)
 
     def _shrink_micro_batch(self, longest: int) -> None:
         """Halve the micro-batch after running out of memory; batch and order stay."""
@@ -316,8 +340,10 @@ class Loop:
         return True
 
     def _dev_micro_batch(self, indices: Indices) -> torch.Tensor:
+        batching, loss = self.dev_batching or self.batches, self.dev_loss or self.loss
+        batch = batching.collate(self.dev, indices, budget=self.state.tokens_per_micro_batch)
         with torch.no_grad(), self.precision.autocast():
-            return self.loss(self._collate(self.dev, indices))
+            return loss(batch)
 
     def _is_stopped_early(self) -> bool:
         patience = self.config.early_stop_patience

@@ -39,6 +39,7 @@ class TrainState:
             `[step, dev loss, score]` where answers are scored as well.
         dev_pending: the evaluation due at `step` was cut off by a handover.
         window: `[loss, gradient norm]` of the steps since the last logged one.
+        figures: what else those steps noted, by name.
         tokens_per_micro_batch: smaller than configured after running out of memory.
         identity: what must not change between legs.
         environment: what may change, but is said when it does.
@@ -51,6 +52,7 @@ class TrainState:
     dev_history: list[list[float]] = field(default_factory=list)
     dev_pending: bool = False
     window: list[list[float]] = field(default_factory=list)
+    figures: dict[str, list[float]] = field(default_factory=dict)
     tokens_per_micro_batch: int
     scaler: dict[str, float] | None = None
     identity: dict[str, str] = field(default_factory=dict)

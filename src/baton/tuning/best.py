@@ -14,10 +14,13 @@ from baton.train.state import badness
 log = logging.getLogger(__name__)
 
 TRAIN = "train"
-HISTORY = f"{TRAIN}/dev_history.json"
+# Dev losses and scores of a training stage, written at its end.
+HISTORY = "dev_history.json"
 
 
-def fetch_best(checkpoints: Checkpoints, store: Store, target: Path, *, task: str) -> int:
+def fetch_best(
+    checkpoints: Checkpoints, store: Store, target: Path, *, task: str, stage: str = TRAIN
+) -> int:
     """Copy the best checkpoint that is whole to `target`; returns its step.
 
     Before training is finished there is no history of dev losses: the newest is taken then.
@@ -26,7 +29,7 @@ def fetch_best(checkpoints: Checkpoints, store: Store, target: Path, *, task: st
         DamagedError: there is none.
     """
     try:
-        history = json.loads(store.read(HISTORY))
+        history = json.loads(store.read(f"{stage}/{HISTORY}"))
     except NameMissing:
         history = []
     rank = {int(row[0]): badness(row) for row in history}
@@ -41,6 +44,6 @@ def fetch_best(checkpoints: Checkpoints, store: Store, target: Path, *, task: st
         except DamagedError as error:
             log.warning("%s; the next best checkpoint is used instead", error)
     raise DamagedError(
-        f"{task}: no checkpoint is whole; remove train/done.json from the task's folder"
+        f"{task}: no checkpoint is whole; remove {stage}/done.json from the task's folder"
         " and submit again to train anew"
     )

@@ -1,4 +1,4 @@
-"""What training made, as one folder that other tools load: `train/final`."""
+"""What training made, as one folder that other tools load: `train/final`, below its stage."""
 
 from __future__ import annotations
 
@@ -12,22 +12,24 @@ from baton.train.state import MODEL
 from baton.tuning.best import TRAIN, fetch_best
 from baton.tuning.model import Model
 
-FINAL = f"{TRAIN}/final"
+FOLDER = "final"
 # Written last: where it is, everything is.
 TASK = "task.json"
 
 
-def write_final(leg: Leg, learner: Learner, model: Model, *, method: str) -> None:
-    """Put the best weights, the tokenizer and the resolved configuration below `train/final`.
+def write_final(
+    leg: Leg, learner: Learner, model: Model, *, method: str, stage: str = TRAIN
+) -> None:
+    """Put the best weights, the tokenizer and the resolved configuration below `<stage>/final`.
 
     An adapter is a folder for `PeftModel.from_pretrained`, a fully trained model one for
     `from_pretrained` of its own class. `task.json` says what it is and where it comes from.
     """
-    checkpoints = leg.checkpoints(f"{TRAIN}/checkpoints")
+    checkpoints, target = leg.checkpoints(f"{stage}/checkpoints"), f"{stage}/{FOLDER}"
     best, final = leg.folder / ".best-final", leg.folder / ".final"
     shutil.rmtree(final, ignore_errors=True)
     final.mkdir()
-    step = fetch_best(checkpoints, leg.store, best, task=leg.task.name)
+    step = fetch_best(checkpoints, leg.store, best, task=leg.task.name, stage=stage)
     if method == "full":
         learner.network.config.save_pretrained(final)
         learner.network.generation_config.save_pretrained(final)
@@ -36,10 +38,10 @@ def write_final(leg: Leg, learner: Learner, model: Model, *, method: str) -> Non
         shutil.copytree(best / ADAPTER, final, dirs_exist_ok=True)
     model.tokenizer().save_pretrained(final)
     leg.check_fence()
-    for name in list(leg.store.names(FINAL)):
+    for name in list(leg.store.names(target)):
         leg.store.delete(name)
     for path in sorted(path for path in final.rglob("*") if path.is_file()):
-        leg.store.upload(path, f"{FINAL}/{path.relative_to(final).as_posix()}")
+        leg.store.upload(path, f"{target}/{path.relative_to(final).as_posix()}")
     about = {
         "notice": leg.notice,
         "experiment": leg.plan.experiment,
@@ -51,6 +53,6 @@ def write_final(leg: Leg, learner: Learner, model: Model, *, method: str) -> Non
         "step": step,
         "config": leg.task.config,
     }
-    leg.store.write(f"{FINAL}/{TASK}", dump_json(about))
+    leg.store.write(f"{target}/{TASK}", dump_json(about))
     shutil.rmtree(best)
     shutil.rmtree(final)

@@ -18,7 +18,8 @@ from baton.tuning.best import HISTORY, TRAIN
 from baton.tuning.final import write_final
 from baton.tuning.model import DATA, Model, TaskModel, Tuning
 
-SUMMARY = f"{TRAIN}/summary.json"
+# What training took, written at its end.
+SUMMARY = "summary.json"
 
 
 def train(leg: Leg) -> Outcome:
@@ -52,9 +53,11 @@ def run(leg: Leg, loop: Loop, learner: Learner, model: Model, *, method: str) ->
             "trainable_parameters": learner.trainable_parameters,
             "total_parameters": learner.total_parameters,
         }
-        leg.store.write(SUMMARY, dump_json(summary))
-        leg.store.write(HISTORY, dump_json([list(row) for row in state.dev_history]))
-        write_final(leg, learner, model, method=method)
+        leg.store.write(f"{loop.folder}/{SUMMARY}", dump_json(summary))
+        leg.store.write(
+            f"{loop.folder}/{HISTORY}", dump_json([list(row) for row in state.dev_history])
+        )
+        write_final(leg, learner, model, method=method, stage=loop.folder)
     return outcome
 
 
