@@ -5,31 +5,32 @@ from __future__ import annotations
 import os
 import shutil
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 
 from baton.errors import ConfigError
 from baton.store.base import Store, explained
+from baton.store.publish import final_folder
 
-FINAL = "train/final"
-# Written last by the train stage: where it is, everything is.
-MARKER = f"{FINAL}/task.json"
 # Zip files of the same bytes are the same bytes; this is the oldest date they can hold.
 _DATE = (1980, 1, 1, 0, 0, 0)
 
 
-def export(store: Store, out: Path, *, task: str) -> list[str]:
+def export(store: Store, out: Path, *, task: str, stages: Sequence[str]) -> list[str]:
     """Copy the final model of a task to the folder `out`, or into it where it ends in `.zip`.
 
-    `out` appears only when it is complete. Returns the names of the files.
+    It is that of the last of `stages` that has one. `out` appears only when it is complete.
+    Returns the names of the files.
 
     Raises:
         ConfigError: there is no final model yet, or something else is at `out`.
     """
-    names = sorted(store.names(FINAL))
-    if MARKER not in names:
+    final = final_folder(store, stages)
+    if final is None:
         raise ConfigError(
             f"{task} has no final model yet; train it to the end first: baton submit {task}"
         )
+    names = sorted(store.names(final))
     is_zip = out.suffix.lower() == ".zip"
     if not is_zip and out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"--out {out}: something is there already; name a new folder or a .zip")
@@ -37,7 +38,7 @@ def export(store: Store, out: Path, *, task: str) -> list[str]:
     shutil.rmtree(beside, ignore_errors=True)
     try:
         for name in names:
-            store.download(name, beside / name.removeprefix(f"{FINAL}/"))
+            store.download(name, beside / name.removeprefix(f"{final}/"))
         if is_zip:
             _pack(beside, ready)
         else:
@@ -49,7 +50,7 @@ def export(store: Store, out: Path, *, task: str) -> list[str]:
         raise explained(error, f"writing {out}") from error
     finally:
         shutil.rmtree(beside, ignore_errors=True)
-    return [name.removeprefix(f"{FINAL}/") for name in names]
+    return [name.removeprefix(f"{final}/") for name in names]
 
 
 def _pack(folder: Path, target: Path) -> None:

@@ -23,7 +23,7 @@ from baton.record import Plan, TaskPlan, replace
 from baton.train.config import RANDOM_NOTICE
 
 # Keys of a task's `data` that name local files.
-_FILE_KEYS = ("path", "valid", "format")
+_FILE_KEYS = ("path", "valid", "format", "stage1", "stage2", "stage3", "test")
 # Files up to this size are hashed whole; of larger ones, evenly spaced pieces.
 _WHOLE_BYTES = 64 * 2**20
 _PIECES, _PIECE_BYTES = 16, 2**20

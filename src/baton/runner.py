@@ -238,7 +238,8 @@ class TaskRunner:
             return
         if not self.store_has(EVAL_RECORD):
             return
-        self._card = publish(leg.store, self.mirror.remote.url)
+        training = PIPELINES[self.plan.pipeline]().training_stages
+        self._card = publish(leg.store, self.mirror.remote.url, training)
 
     def _run_stage(self, leg: Leg, stage: Stage) -> Outcome:
         if stage.all_peers:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from baton.legs import Legs, this_runner, utc_now
+from baton.pipelines import PIPELINES
 from baton.record import LegRecord, Plan
 from baton.runner import done_marker, task_store
 from baton.stage import read_progress
@@ -74,6 +75,7 @@ def status_of(root: Path, plan: Plan, stages: Sequence[str], task: str) -> TaskS
     if state != "finished" and store.path(CANCELLED).exists() and state != "running":
         state = "cancelled"
     is_running = state == "running"
+    training = PIPELINES[plan.pipeline]().training_stages
     return TaskStatus(
         task=task,
         state=state,
@@ -84,8 +86,8 @@ def status_of(root: Path, plan: Plan, stages: Sequence[str], task: str) -> TaskS
         unit=str(progress.get("unit", "steps")),
         tokens_per_s=progress.get("tokens_per_s") if is_running else None,
         eta_seconds=progress.get("eta_seconds") if is_running else None,
-        local_step=_newest_step(store.root),
-        durable_step=_durable(store.root),
+        local_step=_newest_step(store.root, training),
+        durable_step=_durable(store.root, training),
         reason=reason,
     )
 
@@ -105,14 +107,19 @@ def _state(legs: Legs, newest: LegRecord | None, done: Sequence[str]) -> tuple[s
     return newest.state.replace("_", " "), newest.reason
 
 
-def _durable(folder: Path) -> int | None:
+def _durable(folder: Path, stages: Sequence[str]) -> int | None:
     """The newest step in the store, which is this folder unless it copies a remote one."""
     if is_mirror(folder):
-        return durable_step(folder, "train/checkpoints")
-    return _newest_step(folder)
+        steps = (durable_step(folder, f"{stage}/checkpoints") for stage in reversed(stages))
+        return next((step for step in steps if step is not None), None)
+    return _newest_step(folder, stages)
 
 
-def _newest_step(folder: Path) -> int | None:
-    manifests = folder.glob("train/checkpoints/step-*/manifest.json")
-    steps = [int(path.parent.name.removeprefix("step-")) for path in manifests]
-    return max(steps, default=None)
+def _newest_step(folder: Path, stages: Sequence[str]) -> int | None:
+    """The newest complete step of the last of `stages` that has one."""
+    for stage in reversed(stages):
+        manifests = folder.glob(f"{stage}/checkpoints/step-*/manifest.json")
+        steps = [int(path.parent.name.removeprefix("step-")) for path in manifests]
+        if steps:
+            return max(steps)
+    return None

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from baton.pipelines import PIPELINES
 from baton.record import EvalRecord, Manifest, Plan
 
 pytestmark = pytest.mark.slow
@@ -45,12 +47,12 @@ def test_leg_records_tell_a_preemption_from_a_kill(drilled: Any) -> None:
 
 
 def test_metrics_have_no_step_twice_and_none_missing(drilled: Any) -> None:
-    for task in drilled.tasks:
-        path = drilled.baton.folder / "tasks" / task / "train" / "metrics.jsonl"
+    for task, stage in itertools.product(drilled.tasks, training_stages(drilled)):
+        path = drilled.baton.folder / "tasks" / task / stage / "metrics.jsonl"
         lines = [json.loads(line) for line in path.read_text().splitlines()]
         steps = [line["step"] for line in lines if "loss" in line]
         every = steps[0]
-        assert steps == list(range(every, steps[-1] + 1, every)), task
+        assert steps == list(range(every, steps[-1] + 1, every)), (task, stage)
 
 
 def test_every_record_can_be_read_and_says_that_the_weights_are_random(drilled: Any) -> None:
@@ -62,7 +64,9 @@ def test_every_record_can_be_read_and_says_that_the_weights_are_random(drilled: 
         record = EvalRecord.from_json(path.read_bytes(), where=task)
         assert (record.task, record.digest) == (task, plan.digest)
         assert "RANDOM WEIGHTS" in path.read_text().splitlines()[1]
-        for manifest in (folder / "tasks" / task).glob("train/checkpoints/*/manifest.json"):
+        manifests = [*(folder / "tasks" / task).glob("*/checkpoints/*/manifest.json")]
+        assert {m.parts[-4] for m in manifests} == set(training_stages(drilled))
+        for manifest in manifests:
             files = Manifest.from_json(manifest.read_bytes(), where=str(manifest)).files
             assert {f.name: f.size for f in files} == {
                 f.name: (manifest.parent / f.name).stat().st_size for f in files
@@ -142,6 +146,11 @@ def test_what_was_not_submitted_here_is_not_started_yet(drilled: Any, tmp_path: 
     elsewhere = type(drilled.baton)(drilled.baton.experiment, tmp_path / "elsewhere")
     assert {row["state"] for row in elsewhere.status().values()} == {"not started"}
     assert not elsewhere.store.exists()
+
+
+def training_stages(drilled: Any) -> tuple[str, ...]:
+    plan = Plan.from_json((drilled.baton.folder / "plan.json").read_bytes(), where="plan.json")
+    return PIPELINES[plan.pipeline]().training_stages
 
 
 def listing(folder: Path) -> dict[str, tuple[int, int]]:

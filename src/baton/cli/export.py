@@ -21,11 +21,15 @@ from baton.cli.target import Target
 def export(task: str, out: Path, settings: tuple[str, ...], site: str, store: str | None) -> None:
     """Copy a task's final model: the best adapter or weights, tokenizer, configuration."""
     from baton.export import export as copy_out
+    from baton.pipelines import PIPELINES
     from baton.runner import task_store
 
     target = Target.submitted(task, settings, site, store)
     name = target.one_task("export")
     files = copy_out(
-        task_store(target.root, target.plan, name), out, task=f"{target.plan.experiment}/{name}"
+        task_store(target.root, target.plan, name),
+        out,
+        task=f"{target.plan.experiment}/{name}",
+        stages=PIPELINES[target.plan.pipeline]().training_stages,
     )
     click.echo(f"wrote {out}: {', '.join(files)}")

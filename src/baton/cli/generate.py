@@ -91,7 +91,8 @@ def _answerer(task: str, settings: tuple[str, ...], site: str, store: str | None
         mirror.pull(PIPELINES[target.plan.pipeline]().stage_names)
         mirror.bring_checkpoints()
     name = f"{target.plan.experiment}/{meant.name}"
-    if not any(place.root.glob("train/checkpoints/*/manifest.json")):
+    stages = PIPELINES[target.plan.pipeline]().training_stages
+    if not any(place.root.glob(f"{stages[-1]}/checkpoints/*/manifest.json")):
         raise ConfigError(
             f"{name} has no checkpoint in {target.place.url} yet; train it first:"
             f" baton submit {name}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -11,6 +12,7 @@ import numpy as np
 from baton.collect.quick import read_eval_record, thinned
 from baton.errors import BatonError, DamagedError, NameMissing, StoreError
 from baton.eval.bootstrap import Floats
+from baton.pipelines import PIPELINES
 from baton.record import EvalRecord, LegRecord, Plan, TaskPlan
 from baton.store.base import Store
 
@@ -74,7 +76,7 @@ def _result(
         read = read_eval_record(store.read(name), where=name, curves=curves)
         _check_owner(read.record, plan, task, where=name)
     except NameMissing:
-        return _unfinished(store, task, state, all_legs=all_legs)
+        return _unfinished(store, plan, task, state, all_legs=all_legs)
     except BatonError as error:  # damaged, out of reach, or of a newer baton
         legs, _ = _legs(store, task, newest_only=not all_legs)
         state = "damaged" if isinstance(error, DamagedError) else "unreadable"
@@ -103,9 +105,9 @@ def _check_owner(record: EvalRecord, plan: Plan, task: TaskPlan, *, where: str) 
             )
 
 
-def _unfinished(store: Store, task: TaskPlan, state: str, *, all_legs: bool) -> Result:
+def _unfinished(store: Store, plan: Plan, task: TaskPlan, state: str, *, all_legs: bool) -> Result:
     legs, problem = _legs(store, task, newest_only=not all_legs)
-    train, dev = _partial_curves(store, task) if legs else (_NO_CURVE, _NO_CURVE)
+    train, dev = _partial_curves(store, plan, task) if legs else (_NO_CURVE, _NO_CURVE)
     found, reason = _state_of(legs, train, dev)
     return Result(
         task=task,
@@ -159,13 +161,14 @@ def _legs(store: Store, task: TaskPlan, *, newest_only: bool) -> tuple[list[LegR
     return legs, "; ".join(problems)
 
 
-def _partial_curves(store: Store, task: TaskPlan) -> tuple[Floats, Floats]:
+def _partial_curves(store: Store, plan: Plan, task: TaskPlan) -> tuple[Floats, Floats]:
     """Train and dev loss of a task still at work, from its metrics file, as far as it reads."""
     train, dev = [], []
-    try:
-        lines = store.read(f"tasks/{task.name}/train/metrics.jsonl").splitlines()
-    except StoreError:
-        return _NO_CURVE, _NO_CURVE
+    lines: list[bytes] = []
+    for stage in reversed(PIPELINES[plan.pipeline]().training_stages):
+        with contextlib.suppress(StoreError):
+            lines = store.read(f"tasks/{task.name}/{stage}/metrics.jsonl").splitlines()
+            break
     for text in lines:
         try:
             line = json.loads(text)

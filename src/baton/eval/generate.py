@@ -21,11 +21,15 @@ from baton.eval.config import GenerateConfig
 
 @dataclass(frozen=True)
 class Answers:
-    """What a batch of prompts was answered with; `seconds` is generation alone."""
+    """What a batch of prompts was answered with; `seconds` is generation alone.
+
+    `notes`, one an answer if any, stand beside the answers in records.
+    """
 
     texts: list[str]
     new_tokens: list[int]
     seconds: float
+    notes: Sequence[Mapping[str, Any]] = ()
 
 
 def generate(
@@ -93,6 +97,37 @@ def generate_responses(
         config,
         skip=1,
         start=int(model.config.decoder_start_token_id),
+        seed=seed,
+        should_stop=should_stop,
+        on_text=on_text,
+    )
+
+
+def generate_embedded(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[torch.Tensor],
+    config: GenerateConfig,
+    *,
+    ends: Sequence[int] = (),
+    seed: int = 0,
+    should_stop: Callable[[], bool] = lambda: False,
+    on_text: Callable[[str], None] | None = None,
+) -> Answers | None:
+    """`generate` for prompts that are embeddings already, each `(tokens, width)`."""
+    width = max(map(len, prompts))
+    rows = prompts[0].new_zeros((len(prompts), width, prompts[0].shape[1]))
+    mask = torch.zeros((len(prompts), width), dtype=torch.long, device=rows.device)
+    for row, prompt in enumerate(prompts):
+        rows[row, width - len(prompt) :] = prompt
+        mask[row, width - len(prompt) :] = 1
+    return _run(
+        model,
+        tokenizer,
+        {"inputs_embeds": rows, "attention_mask": mask},
+        config,
+        skip=0,
+        ends=ends,
         seed=seed,
         should_stop=should_stop,
         on_text=on_text,

@@ -25,6 +25,7 @@ from baton.launchers.docker_leg import (
 from baton.launchers.docker_place import Place
 from baton.launchers.verdict import Verdicts
 from baton.legs import utc_now
+from baton.pipelines import PIPELINES
 from baton.runner import task_prefix, task_store
 from baton.stage import read_progress
 from baton.store.mirror import CANCELLED
@@ -225,8 +226,11 @@ class Watch:
         if progress["time"] != leg.reported:
             leg.reported = progress["time"]
             self.view.progress(leg.task, progress)
+        training = PIPELINES[self.request.plan.pipeline]().training_stages
         for drill in list(self.drills):
-            is_reached = progress.get("stage") == "train" and progress.get("step", -1) >= drill.step
+            is_reached = (
+                progress.get("stage") in training and progress.get("step", -1) >= drill.step
+            )
             if drill.task == leg.task and is_reached:
                 self.drills.remove(drill)
                 self.engine.signal(leg.container, drill.signal)

@@ -20,6 +20,7 @@ from baton.launchers.base import LOG, Drill, Request, View
 from baton.launchers.processes import LegProcesses
 from baton.launchers.verdict import Verdicts
 from baton.legs import Legs, this_runner, utc_now
+from baton.pipelines import PIPELINES
 from baton.record import LegRecord, dump_json
 from baton.runner import task_store
 from baton.stage import read_progress
@@ -187,8 +188,11 @@ class LocalLauncher:
         if progress["time"] != leg.reported:
             leg.reported = progress["time"]
             view.progress(leg.task, progress)
+        training = PIPELINES[request.plan.pipeline]().training_stages
         for drill in list(drills):
-            is_reached = progress.get("stage") == "train" and progress.get("step", -1) >= drill.step
+            is_reached = (
+                progress.get("stage") in training and progress.get("step", -1) >= drill.step
+            )
             if drill.task == leg.task and is_reached:
                 drills.remove(drill)
                 leg.processes.send(signal.Signals[f"SIG{drill.signal}"])

@@ -21,6 +21,8 @@ class Pipeline:
             `verify-resume`.
         load_answer: returns what makes a trained task answer, for `generate`.
         cpu_stages: those that need no GPU; split off, their jobs ask for none.
+        training_stages: those that train and keep checkpoints, in order; the last one that has
+            final weights is what is exported.
     """
 
     name: str
@@ -30,12 +32,42 @@ class Pipeline:
     load_retrain: Callable[[], Callable[[Leg, int], Outcome]]
     load_answer: Callable[[], Callable[[Trained], Answerer]]
     cpu_stages: tuple[str, ...] = ("data",)
+    training_stages: tuple[str, ...] = ("train",)
 
 
 def _load_tuning() -> Callable[[Leg, int], Outcome]:
     from baton.tuning.training import retrain
 
     return retrain
+
+
+def _clara() -> Pipeline:
+    from baton.pipelines.clara.config import STAGES, Clara
+
+    def load() -> tuple[Stage, ...]:
+        from baton.pipelines.clara.stages import STAGES
+
+        return STAGES
+
+    def load_retrain() -> Callable[[Leg, int], Outcome]:
+        from baton.pipelines.clara.training import retrain
+
+        return retrain
+
+    def answer() -> Callable[[Trained], Answerer]:
+        from baton.pipelines.clara.answer import ClaraAnswerer
+
+        return ClaraAnswerer
+
+    return Pipeline(
+        name="clara",
+        config=Clara,
+        stage_names=("data", *STAGES, "eval"),
+        load_stages=load,
+        load_retrain=load_retrain,
+        load_answer=answer,
+        training_stages=STAGES,
+    )
 
 
 def _medical_qa() -> Pipeline:
@@ -138,15 +170,18 @@ def _questions_gen() -> Pipeline:
         load_retrain=load_retrain,
         load_answer=answer,
         cpu_stages=("data", "teach"),
+        training_stages=("sft", "grpo", "distill"),
     )
 
 
 PIPELINES: dict[str, Callable[[], Pipeline]] = {
+    "clara": _clara,
     "medical_qa": _medical_qa,
     "questions_gen": _questions_gen,
     "raft": _raft,
     "t5_pretrain": _t5_pretrain,
 }
-"""medical_qa: LoRA and QLoRA over data scale on question answering. questions_gen: competition
-problems by examples, by reward, by a teacher. raft: a teacher's grounded answers, distilled.
-t5_pretrain: an encoder-decoder from nothing."""
+"""clara: documents as memory vectors, retrieval learnt from answers. medical_qa: LoRA and QLoRA
+over data scale on question answering. questions_gen: competition problems by examples, by reward,
+by a teacher. raft: a teacher's grounded answers, distilled. t5_pretrain: an encoder-decoder from
+nothing."""

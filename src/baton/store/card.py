@@ -10,12 +10,21 @@ CARD = "README.md"
 _MARK = "<!-- written by baton -->"
 
 
-def model_card(record: EvalRecord, *, repository: str, folder: str, is_adapter: bool) -> str:
+def model_card(
+    record: EvalRecord,
+    *,
+    repository: str,
+    folder: str,
+    is_adapter: bool,
+    loading: str | None = None,
+) -> str:
     """Markdown with the metadata that the Hub reads.
 
     Args:
         repository: `user/name`.
         folder: where in it the final weights lie.
+        loading: how to load them, where it is not the usual way; `{repository}` and `{folder}`
+            stand for the two.
     """
     model = record.model
     hub_base = model["name"] if model.get("source") == "huggingface" else ""
@@ -51,7 +60,11 @@ def model_card(record: EvalRecord, *, repository: str, folder: str, is_adapter: 
         "",
         "## How to load it",
         "",
-        *_loading(model["name"], repository, folder, is_adapter=is_adapter),
+        *(
+            _loading(model["name"], repository, folder, is_adapter=is_adapter)
+            if loading is None
+            else [loading.replace("{repository}", repository).replace("{folder}", folder)]
+        ),
         "",
         "## Configuration",
         "",

@@ -7,9 +7,19 @@ from typing import Any, Protocol
 
 import torch
 
+from baton.train.attention import can_use_varlen
 from baton.train.batch import PackedBatch, TokenSource, collate
 from baton.train.cursor import Indices
 from baton.train.packing import pack
+from baton.train.precision import Precision
+
+# Matrix products like even sizes; the pads are a percent or two of a full pack.
+_PAD_TO = 256
+
+
+def pad_multiple(device: torch.device, precision: Precision) -> int | None:
+    """What packs are filled up to a multiple of, where a variable-length kernel is to be used."""
+    return _PAD_TO if can_use_varlen(device) and precision.is_half else None
 
 
 class Batching(Protocol):
@@ -29,6 +39,10 @@ class Batching(Protocol):
         """One micro-batch, on its device."""
         ...
 
+    def least(self, source: TokenSource, indices: Indices) -> int:
+        """The smallest budget that is of use: no micro-batch gets smaller below it."""
+        ...
+
 
 @dataclass(frozen=True)
 class Packed:
@@ -44,3 +58,6 @@ class Packed:
 
     def collate(self, source: TokenSource, indices: Indices, *, budget: int) -> PackedBatch:
         return collate(source, indices.tolist(), device=self.device, pad_to=self.pad_to)
+
+    def least(self, source: TokenSource, indices: Indices) -> int:
+        return int(source.lengths(indices).max())

@@ -7,6 +7,7 @@ import importlib.util
 import logging
 import shutil
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -83,25 +84,36 @@ def _of_any_size(compiled: Callable[..., Any]) -> Callable[..., Any]:
     return forward
 
 
-def recompute_layers(network: PreTrainedModel, count: int | None = None) -> None:
+def recompute_layers(
+    network: PreTrainedModel,
+    count: int | None = None,
+    *,
+    again: Callable[[], AbstractContextManager[None]] = nullcontext,
+) -> None:
     """Let `count` layers, spread evenly, make their activations anew in the backward pass.
 
-    All of them by default. After `compile_layers`, if both.
+    All of them by default. After `compile_layers`, if both. `again` is called when a layer first
+    runs; the context that it returns is entered when the layer runs again.
     """
     layers = layers_of(network)
     count = len(layers) if count is None else count
     for number, layer in enumerate(layers):
         if (number + 1) * count // len(layers) > number * count // len(layers):
-            layer.forward = _recomputing(layer.forward)
+            layer.forward = _recomputing(layer.forward, again)
     # Frozen embeddings would otherwise cut the graph below the first checkpoint.
     network.enable_input_require_grads()
 
 
-def _recomputing(forward: Callable[..., Any]) -> Callable[..., Any]:
+def _recomputing(
+    forward: Callable[..., Any], again: Callable[[], AbstractContextManager[None]]
+) -> Callable[..., Any]:
+    def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+        return nullcontext(), again()
+
     @functools.wraps(forward)
     def recomputed(*args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
             return forward(*args, **kwargs)
-        return checkpoint(forward, *args, use_reentrant=False, **kwargs)
+        return checkpoint(forward, *args, use_reentrant=False, context_fn=contexts, **kwargs)
 
     return recomputed

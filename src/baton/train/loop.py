@@ -14,9 +14,8 @@ import torch
 from baton.errors import ConfigError
 from baton.stage import Leg, Outcome
 from baton.train.ahead import Ahead
-from baton.train.attention import can_use_varlen
 from baton.train.batch import TokenSource
-from baton.train.batching import Batching, Packed
+from baton.train.batching import Batching, Packed, pad_multiple
 from baton.train.config import TrainConfig
 from baton.train.cursor import Cursor, Indices
 from baton.train.devset import DevSet
@@ -30,9 +29,6 @@ from baton.train.state import Timing, TrainState, Weights
 
 log = logging.getLogger(__name__)
 
-# Matrix products like even sizes; the pads are a percent or two of a full pack.
-PAD_TO = 256
-
 
 class DevScore(Protocol):
     """Scores what a model answers to dev samples."""
@@ -44,6 +40,14 @@ class DevScore(Protocol):
         earlier leg left.
         """
         ...
+
+
+@dataclass(frozen=True)
+class Whole:
+    """What all micro-batches of a step have together, on all ranks."""
+
+    samples: int
+    labelled: int
 
 
 @dataclass(frozen=True)
@@ -79,6 +83,8 @@ class Loop:
 
     Attributes:
         loss: summed loss of a micro-batch over its labelled tokens, a float32 scalar.
+        part: what a micro-batch adds to the loss of its step, where that is not its summed loss
+            by the labels of the step. The dev loss is always the mean of `loss`.
         batching: makes those micro-batches; packs by default.
         score: taken with every dev loss; where it is given, it decides which checkpoint is best.
         read_ahead: hears which samples are to come.
@@ -99,6 +105,7 @@ class Loop:
     loss: Callable[[Any], torch.Tensor]
     train: TokenSource
     dev: TokenSource
+    part: Callable[[Any, Whole], torch.Tensor] | None = None
     batching: Batching | None = None
     score: DevScore | None = None
     read_ahead: ReadAhead | None = None
@@ -124,8 +131,7 @@ class Loop:
         names = {p: n for n, p in self.model.named_parameters() if p.requires_grad}
         self.parameters = list(names)
         self.optimizer = build_optimizer(((n, p) for p, n in names.items()), config)
-        use_varlen = can_use_varlen(self.ranks.device) and self.precision.is_half
-        pad_to = PAD_TO if use_varlen else None
+        pad_to = pad_multiple(self.ranks.device, self.precision)
         self.batches = self.batching or Packed(self.ranks.device, pad_to)
         is_known_ahead = self.ranks.device.type == "cuda" and self.maker is None
         self.ahead = Ahead(self._collated) if is_known_ahead else None
@@ -228,7 +234,7 @@ class Loop:
         if self.read_ahead is not None:
             self.read_ahead.need(self._indices(step + self.read_ahead.steps))
         while True:
-            loss, out_of_memory = self._accumulate(labelled)
+            loss, out_of_memory = self._accumulate(Whole(len(indices), labelled))
             stop, memory, urgent, self._save_due = self.ranks.agree(
                 self.leg.stop.is_set,
                 out_of_memory,
@@ -240,7 +246,7 @@ class Loop:
                 return None
             if not memory:
                 break
-            self._shrink_micro_batch(int(lengths.max()))
+            self._shrink_micro_batch(self.batches.least(self.train, indices))
         self.ranks.sum_gradients(self.parameters)
         set_learning_rate(self.optimizer, self.schedule.at(step))
         norm = self.precision.step(self.optimizer, self.parameters, self.config.clip_norm)
@@ -258,7 +264,7 @@ class Loop:
     def _indices(self, step: int) -> Indices:
         return self.cursor.at(step, end=self.end)
 
-    def _accumulate(self, labelled: int) -> tuple[torch.Tensor, bool]:
+    def _accumulate(self, whole: Whole) -> tuple[torch.Tensor, bool]:
         """Add up gradients of this rank's share of the step, divided by all its labels.
 
         Returns the share's part of the loss, and whether memory ran out.
@@ -276,12 +282,17 @@ class Loop:
                 # Dropout follows from where we are, so there is no RNG state to save.
                 torch.manual_seed(mix_seed(self.config.seed, step, self.ranks.rank, number))
                 with self.precision.autocast():
-                    loss = self.loss(batch) / labelled
+                    loss = self._part(batch, whole)
                 self.precision.backward(loss)
                 total += loss.detach()
         except torch.OutOfMemoryError:
             return total, True
         return total, False
+
+    def _part(self, batch: Any, whole: Whole) -> torch.Tensor:
+        if self.part is not None:
+            return self.part(batch, whole)
+        return self.loss(batch) / whole.labelled
 
     def _collated(self, step: int, budget: int) -> Iterator[Any]:
         """The micro-batches of this rank's share of a step."""
@@ -290,12 +301,12 @@ class Loop:
         for share in shares[self.ranks.rank]:
             yield self.batches.collate(self.train, indices[share], budget=budget)
 
-    def _shrink_micro_batch(self, longest: int) -> None:
+    def _shrink_micro_batch(self, least: int) -> None:
         """Halve the micro-batch after running out of memory; batch and order stay."""
         was = self.state.tokens_per_micro_batch
-        if was <= longest:
+        if was <= least:
             raise ConfigError(
-                f"out of memory with one sample of {longest} tokens a micro-batch; set"
+                f"out of memory with one sample of {least} tokens a micro-batch; set"
                 " train.activation_checkpointing: true, shorten data.max_length, or use a"
                 " smaller model or QLoRA"
             )

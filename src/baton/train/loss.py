@@ -39,10 +39,17 @@ class CausalLoss:
         head = model.get_output_embeddings()
         self.head: torch.nn.Module | None = head if is_plain(model, head) else None
 
-    def __call__(self, batch: PackedBatch) -> torch.Tensor:
-        """Sum of the loss over labelled tokens: a float32 scalar with gradient."""
-        inputs = dict(
-            input_ids=batch.input_ids,
+    def __call__(self, batch: PackedBatch, embeddings: torch.Tensor | None = None) -> torch.Tensor:
+        """Sum of the loss over labelled tokens: a float32 scalar with gradient.
+
+        `embeddings`, `(1, tokens, width)`, stand for those of `batch.input_ids` where given.
+        """
+        inputs: dict[str, Any] = dict(
+            **(
+                {"input_ids": batch.input_ids}
+                if embeddings is None
+                else {"inputs_embeds": embeddings}
+            ),
             position_ids=batch.position_ids,
             use_cache=False,
             **batch.attention(),

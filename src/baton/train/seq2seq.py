@@ -115,6 +115,9 @@ class Padded:
             labels=self._moved(np.concatenate([tokens[prompt:] for tokens, prompt in samples])),
         )
 
+    def least(self, source: TokenSource, indices: Indices) -> int:
+        return int(source.lengths(indices).max())
+
     def _moved(self, array: NDArray[Any]) -> torch.Tensor:
         tensor = torch.from_numpy(array)
         if self.device.type != "cuda":

@@ -44,16 +44,17 @@ class Question:
     """One prompt to answer.
 
     `number` names it in every task of an experiment; `prompt` is rendered up to where the answer
-    begins; `asked` is what people read; `notes` stand beside the answer in predictions.jsonl.
-    `stage` is the training stage whose best weights answer.
+    begins, or what else the exam's `answer` takes; `asked` is what people read; `notes` stand
+    beside the answer in predictions.jsonl. `stage` is the training stage that answers, where it
+    is another than the exam's.
     """
 
     number: int
-    prompt: str
+    prompt: Any
     asked: str
     reference: str
     notes: Mapping[str, Any] = field(default_factory=dict)
-    stage: str = TRAIN
+    stage: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +69,7 @@ class Exam:
         score: from the answers, in the order of the questions.
         model: who answers; the task's chat model unless given.
         answer: how it answers a batch of prompts; see `generate`.
+        stage: the one whose best checkpoint answers.
         curves: figures of logged steps that reports show beside the loss.
     """
 
@@ -76,17 +78,21 @@ class Exam:
     score: Callable[[Sequence[str]], ScoreSheet]
     model: Model | None = None
     answer: Callable[..., Answers | None] = generate
+    stage: str = TRAIN
     curves: Sequence[str] = ()
+
+    def stage_of(self, question: Question) -> str:
+        """The training stage whose best checkpoint answers a question."""
+        return question.stage or self.stage
 
     @property
     def stages(self) -> list[str]:
         """The training stages whose models answer, in their order."""
-        return list(dict.fromkeys(question.stage for question in self.questions))
+        return list(dict.fromkeys(map(self.stage_of, self.questions))) or [self.stage]
 
     def shards(self, size: int) -> list[Sequence[Question]]:
         """Batches of at most `size` questions, all of one stage."""
-        grouped = itertools.groupby(self.questions, lambda question: question.stage)
-        whole = [list(group) for _, group in grouped]
+        whole = [list(group) for _, group in itertools.groupby(self.questions, self.stage_of)]
         return [group[i : i + size] for group in whole for i in range(0, len(group), size)]
 
 
@@ -101,7 +107,7 @@ def hold(leg: Leg, exam: Exam) -> Outcome:
     learner: Learner | None = None
     for stage in exam.stages:
         best = _fetch_best(leg, ranks, stage)
-        theirs = [i for i in mine if shards[i][0].stage == stage]
+        theirs = [i for i in mine if exam.stage_of(shards[i][0]) == stage]
         if theirs:
             learner = learner or _load(leg, ranks, exam)
             learner.weights.load(_best_folder(leg, ranks))
@@ -149,7 +155,8 @@ def _answer(
     tokenizer = model.tokenizer()
     total = len(shards)
     answered = sum(shard_name(i) in leg.store.names(f"{FOLDER}/shards") for i in range(total))
-    first = next(i for i, shard in enumerate(shards) if shard[0].stage == shards[mine[0]][0].stage)
+    stages = [exam.stage_of(shard[0]) for shard in shards]
+    first = stages.index(stages[mine[0]])
     for number in mine:
         answers = exam.answer(
             learner.model,
@@ -167,6 +174,7 @@ def _answer(
             "rows": [question.number for question in shards[number]],
             "predictions": answers.texts,
             "new_tokens": answers.new_tokens,
+            **({"notes": list(answers.notes)} if answers.notes else {}),
             "measured": {"seconds": answers.seconds, "peak_gpu_memory_bytes": peak},
         }
         leg.check_fence()
@@ -187,8 +195,9 @@ def _score(leg: Leg, ranks: Ranks, exam: Exam, shards: int, best_step: int) -> N
             f"{leg.task.name}: the shards below {FOLDER}/shards are of other test rows;"
             " remove that folder and submit again"
         )
+    notes = [note for s in answered for note in s.get("notes") or [{}] * len(s["rows"])]
     sheet = exam.score(predictions)
-    _write_predictions(leg, questions, predictions, sheet)
+    _write_predictions(leg, questions, predictions, notes, sheet)
     report = read_report(leg)
     curve = _curve(leg, exam.stages)
     record = EvalRecord(
@@ -227,7 +236,11 @@ def _score(leg: Leg, ranks: Ranks, exam: Exam, shards: int, best_step: int) -> N
 
 
 def _write_predictions(
-    leg: Leg, questions: Sequence[Question], predictions: list[str], sheet: ScoreSheet
+    leg: Leg,
+    questions: Sequence[Question],
+    predictions: list[str],
+    notes: Sequence[Mapping[str, Any]],
+    sheet: ScoreSheet,
 ) -> None:
     lines = [
         {
@@ -236,8 +249,9 @@ def _write_predictions(
             "reference": q.reference,
             "prediction": prediction,
             **q.notes,
+            **note,
         }
-        for q, prediction in zip(questions, predictions, strict=True)
+        for q, prediction, note in zip(questions, predictions, notes, strict=True)
     ]
     text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
     leg.store.write(f"{FOLDER}/predictions.jsonl", text.encode())

@@ -33,32 +33,35 @@ def run(leg: Leg, loop: Loop, learner: Learner, model: Model, *, method: str) ->
     """Run a loop; at its end write the summary, the history of evaluations and the best model."""
     outcome = loop.run()
     if outcome is Outcome.FINISHED and leg.is_first:
-        state, timing = loop.state, loop.timing
-        seconds = timing.training_seconds
-        best = state.best
-        summary = {
-            "started": timing.first_started,
-            "ended": leg.now(),
-            "legs": leg.record.number,
-            "seconds": round(seconds, 3),
-            "steps": state.step,
-            "best_step": best[0] if best else state.step,
-            "dev_loss": best[1] if best else None,
-            "samples": state.samples,
-            "tokens": state.tokens,
-            "labelled_tokens": state.labelled_tokens,
-            "samples_per_s": round(state.samples / seconds, 3),
-            "tokens_per_s": round(state.tokens / seconds, 1),
-            "peak_gpu_memory_bytes": timing.peak_gpu_memory_bytes or None,
-            "trainable_parameters": learner.trainable_parameters,
-            "total_parameters": learner.total_parameters,
-        }
-        leg.store.write(f"{loop.folder}/{SUMMARY}", dump_json(summary))
-        leg.store.write(
-            f"{loop.folder}/{HISTORY}", dump_json([list(row) for row in state.dev_history])
-        )
+        summarise(leg, loop, learner)
         write_final(leg, learner, model, method=method, stage=loop.folder)
     return outcome
+
+
+def summarise(leg: Leg, loop: Loop, learner: Learner) -> None:
+    """Write down what a finished loop took, and its evaluations, below the loop's folder."""
+    state, timing = loop.state, loop.timing
+    seconds = timing.training_seconds
+    best = state.best
+    summary = {
+        "started": timing.first_started,
+        "ended": leg.now(),
+        "legs": leg.record.number,
+        "seconds": round(seconds, 3),
+        "steps": state.step,
+        "best_step": best[0] if best else state.step,
+        "dev_loss": best[1] if best else None,
+        "samples": state.samples,
+        "tokens": state.tokens,
+        "labelled_tokens": state.labelled_tokens,
+        "samples_per_s": round(state.samples / seconds, 3),
+        "tokens_per_s": round(state.tokens / seconds, 1),
+        "peak_gpu_memory_bytes": timing.peak_gpu_memory_bytes or None,
+        "trainable_parameters": learner.trainable_parameters,
+        "total_parameters": learner.total_parameters,
+    }
+    leg.store.write(f"{loop.folder}/{SUMMARY}", dump_json(summary))
+    leg.store.write(f"{loop.folder}/{HISTORY}", dump_json([list(row) for row in state.dev_history]))
 
 
 def retrain(leg: Leg, step: int) -> Outcome:

@@ -13,6 +13,7 @@ from baton.eval.answer import Ask, Trained, refuse_documents
 from baton.eval.config import GenerateConfig
 from baton.pipelines.questions_gen.config import QuestionsGen
 from baton.pipelines.questions_gen.prompts import Request
+from baton.pipelines.questions_gen.training import DISTILL
 from baton.tuning.chat import Chat
 
 SAMPLES = (
@@ -26,16 +27,8 @@ class QuestionsGenAnswerer:
 
     def __init__(self, trained: Trained) -> None:
         self._config: QuestionsGen = trained.config
-        stage, train = self._newest(trained)
-        view = self._config.view(train)
-        self._chat = Chat(replace(trained, config=view), stage=stage)
-
-    def _newest(self, trained: Trained) -> tuple[str, object]:
-        """The last stage that has a checkpoint, and its configuration."""
-        for stage in ("distill", "grpo"):
-            if any(trained.store.names(f"{stage}/checkpoints")):
-                return stage, getattr(self._config, stage)
-        return "sft", self._config.sft
+        view = self._config.view(self._config.distill)
+        self._chat = Chat(replace(trained, config=view), stage=DISTILL)
 
     @property
     def sampling(self) -> GenerateConfig:

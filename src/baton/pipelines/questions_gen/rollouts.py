@@ -178,6 +178,9 @@ class Rollouts:
             reference=joined(batch.reference),
         )
 
+    def least(self, source: TokenSource, indices: Indices) -> int:
+        return self.packed.least(source, indices)
+
     # --- making them ------------------------------------------------------------------------
 
     def make(self, step: int, indices: Indices) -> bool:

@@ -24,15 +24,14 @@ from baton.pipelines.questions_gen.rollouts import Policy, Rollouts
 from baton.pipelines.questions_gen.scoring import Scorer
 from baton.pipelines.questions_gen.validation import Validation
 from baton.stage import Leg, Outcome
-from baton.train.attention import can_use_varlen
 from baton.train.batch import TokenSource
-from baton.train.batching import Packed
+from baton.train.batching import Packed, pad_multiple
 from baton.train.config import TrainConfig
 from baton.train.cursor import Indices
 from baton.train.environment import environment_of, make_deterministic
 from baton.train.learner import Learner, share_weights
 from baton.train.logprobs import TokenLogprobs
-from baton.train.loop import PAD_TO, Loop
+from baton.train.loop import Loop
 from baton.train.loss import CausalLoss
 from baton.train.precision import Precision
 from baton.train.ranks import Ranks
@@ -119,7 +118,8 @@ class _Trainee:
         share_weights(self.learner, self.writer)
         self.writer.model.eval()
         self.tokenizer = self.model.tokenizer()
-        self.dtype = Precision.choose(self.train.precision, self.ranks.device).dtype
+        self.precision = Precision.choose(self.train.precision, self.ranks.device)
+        self.dtype = self.precision.dtype
         self.report = read_report(leg)
 
     def loop(self, *, stop_at: int | None = None) -> Loop:
@@ -172,9 +172,7 @@ class _Trainee:
         return str(report["sha256"]["train.tokens"][:16])
 
     def _packed(self) -> Packed:
-        is_half = self.dtype != torch.float32
-        use_varlen = can_use_varlen(self.ranks.device) and is_half
-        return Packed(self.ranks.device, PAD_TO if use_varlen else None)
+        return Packed(self.ranks.device, pad_multiple(self.ranks.device, self.precision))
 
     def _encoder(self) -> ChatEncoder:
         return ChatEncoder(self.tokenizer, system=None, max_length=self.config.data.max_length)
@@ -257,14 +255,13 @@ class _Trainee:
     ) -> list[np.ndarray[Any, Any]]:
         """Log-probabilities of each sample's labels, through the very forward that trains."""
         packed, budget = self._packed(), self.train.tokens_per_micro_batch
-        precision = Precision.choose(self.train.precision, self.ranks.device)
         found: dict[int, np.ndarray[Any, Any]] = {}
         self.learner.model.eval()
         [share] = packed.cut(source, indices, ranks=1, budget=budget)
         for places in share:
             rows = indices[places]
             batch = packed.collate(source, rows, budget=budget)
-            with torch.no_grad(), precision.autocast():
+            with torch.no_grad(), self.precision.autocast():
                 values = logprobs(batch).cpu().numpy()
             ends = np.cumsum(source.labelled(rows))
             for place, part in zip(places, np.split(values, ends[:-1]), strict=True):

@@ -1,0 +1,1 @@
+"""clara: documents as memory vectors, three stages, retrieval learned from answers."""
