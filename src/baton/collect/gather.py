@@ -165,7 +165,8 @@ def _partial_curves(store: Store, plan: Plan, task: TaskPlan) -> tuple[Floats, F
     """Train and dev loss of a task still at work, from its metrics file, as far as it reads."""
     train, dev = [], []
     lines: list[bytes] = []
-    for stage in reversed(PIPELINES[plan.pipeline]().training_stages):
+    known = plan.pipeline in PIPELINES
+    for stage in reversed(PIPELINES[plan.pipeline]().training_stages if known else ("train",)):
         with contextlib.suppress(StoreError):
             lines = store.read(f"tasks/{task.name}/{stage}/metrics.jsonl").splitlines()
             break

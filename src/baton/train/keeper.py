@@ -73,7 +73,9 @@ class Keeper:
             fresh, timing = self._load(folder)
             self.saved_step = fresh.step
         shutil.rmtree(folder, ignore_errors=True)
-        self.leg.amend(from_step=fresh.step, to_step=fresh.step)
+        # A leg that goes through several stages came from where the first of them was.
+        first = self.leg.record.from_step
+        self.leg.amend(from_step=fresh.step if first is None else first, to_step=fresh.step)
         if found is not None and self.leg.is_first:
             self.leg.saved(self.prefix, fresh.step, self._retention(fresh))
         return fresh, timing
