@@ -117,6 +117,7 @@ class GrpoConfig(TrainConfig):
         bnpo_samples: completions of a micro-batch for `bnpo`, whose loss depends on it.
         clip: the ratio of probabilities is clipped to 1 - clip .. 1 + clip.
         beta: weight of the divergence from the policy that the stage began with.
+        corrected_kl: weigh that divergence with the ratio of probabilities, as TRL does by default.
         sample_batch: completions drawn at once.
         variation_share: of a batch's prompts, ask for variations of the best problems so far.
         best_problems: how many those are.
@@ -137,6 +138,7 @@ class GrpoConfig(TrainConfig):
     bnpo_samples: Annotated[int, at_least(1)] = 8
     clip: Annotated[float, between(0, 1)] = 0.2
     beta: Annotated[float, between(0, 10)] = 0.04
+    corrected_kl: bool = False
     max_new_tokens: Annotated[int, at_least(1)] = 256
     sampling: Sampling = field(
         default_factory=lambda: Sampling(temperature=0.7, top_p=0.8, top_k=20)

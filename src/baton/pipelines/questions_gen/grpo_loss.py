@@ -55,6 +55,7 @@ def token_losses(
     *,
     clip: float,
     beta: float,
+    corrected: bool = False,
 ) -> TokenLoss:
     """`-min(rho A, clip(rho, 1 - clip, 1 + clip) A) + beta (e^d - d - 1)`, for every token.
 
@@ -63,6 +64,8 @@ def token_losses(
         old: the same under the policy that drew the tokens.
         reference: the same under the policy that the stage began with; needed where beta > 0.
         advantage: of each token's completion.
+        corrected: multiply the divergence by rho, which makes its gradient that of the reverse KL
+            (DeepSeek-V3.2, 2025); as TRL does by default.
     """
     ratio = (logps - old).exp()
     kept = ratio.clamp(1 - clip, 1 + clip)
@@ -73,7 +76,7 @@ def token_losses(
             raise ValueError("beta is not 0, so log-probabilities of the reference are needed")
         d = reference - logps
         kl = d.exp() - d - 1
-        loss = loss + beta * kl
+        loss = loss + beta * (kl * ratio if corrected else kl)
     low = (ratio < 1 - clip) & (advantage < 0)
     high = (ratio > 1 + clip) & (advantage > 0)
     return TokenLoss(loss, None if kl is None else kl.detach(), (low | high).float())
@@ -130,19 +133,16 @@ class Drawn:
 class GrpoLoss:
     """The loss of a micro-batch, summed with its weights; remembers divergence and clipping."""
 
-    def __init__(self, logprobs: Any, *, clip: float, beta: float) -> None:
+    def __init__(self, logprobs: Any, *, clip: float, beta: float, corrected: bool = False) -> None:
         self._logprobs = logprobs
-        self._clip = clip
-        self._beta = beta
+        self._options: dict[str, Any] = {"clip": clip, "beta": beta, "corrected": corrected}
         self._sums: list[torch.Tensor] = []
 
     def __call__(self, batch: Drawn) -> torch.Tensor:
         """A float32 scalar with gradient."""
         logps = self._logprobs(batch.packed)
         old = logps.detach() if batch.old is None else batch.old
-        found = token_losses(
-            logps, old, batch.reference, batch.advantage, clip=self._clip, beta=self._beta
-        )
+        found = token_losses(logps, old, batch.reference, batch.advantage, **self._options)
         kl = torch.zeros_like(found.clipped) if found.kl is None else found.kl
         tokens = torch.full_like(found.clipped, 1.0)
         self._sums.append(torch.stack([kl.sum(), found.clipped.sum(), tokens.sum()]))

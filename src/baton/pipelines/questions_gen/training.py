@@ -196,7 +196,7 @@ class _Trainee:
             compute_dtype=self.dtype,
             temperature=config.sampling.temperature,
         )
-        loss = GrpoLoss(logprobs, clip=config.clip, beta=config.beta)
+        loss = GrpoLoss(logprobs, clip=config.clip, beta=config.beta, corrected=config.corrected_kl)
         rollouts = Rollouts(
             leg=self.leg,
             ranks=self.ranks,
