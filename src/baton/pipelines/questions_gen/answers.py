@@ -29,7 +29,7 @@ class Verdict(enum.Enum):
 _COMPUTE = re.compile(
     r"(?:compute|evaluate|calculate|determine|find|what is)\s+(?:the\s+)?(?:exact\s+)?"
     r"(?:value\s+of\s+|integer\s+|number\s+|sum\s+|product\s+|expression\s+)*"
-    r"\$?(?P<sum>[\d(\-−\\][^?,;$]*?)\$?\s*(?:[?;]|\.(?!\d)|$)",
+    r"\$?(?P<sum>[\d(\-−\\](?:[^?,;$]|,(?=\d{3}))*?)\$?\s*(?:[?;]|\.(?!\d)|$)",
     re.IGNORECASE,
 )
 _DIVISOR = re.compile(
