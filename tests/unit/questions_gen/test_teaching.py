@@ -1,4 +1,4 @@
-"""Distillation: asked once, retried, resumed, counted; malformed answers cost nothing but themselves."""
+"""Distillation: asked once, retried, resumed, counted; what is malformed costs only itself."""
 
 from __future__ import annotations
 

@@ -123,9 +123,9 @@ class History:
         least = np.partition(every, -self._features)[-self._features]
         is_in = every >= least
         if np.count_nonzero(is_in) > self._features:
-            ordered = [self._row_of[word] for word in self._words]
+            base = self._base or self._look_up()
             at = [bisect.bisect_left(self._words, word) for word in fresh]
-            places = np.insert(ordered, at, np.arange(len(totals), len(every)))
+            places = np.insert(base.ordered, at, np.arange(len(totals), len(every)))
             is_in = np.zeros(len(every), dtype=bool)
             is_in[places[_most_frequent(every[places], self._features)]] = True
         kept = [word for word, is_kept in zip(fresh, is_in[len(totals) :], strict=True) if is_kept]
@@ -138,7 +138,8 @@ class History:
         chosen[np.argpartition(self._totals, -count)[-count:]] = True
         idf = _idf(len(self._texts) + 1, self._frequency)
         table = self._counts[chosen].astype(np.float64)
-        self._base = _Base(chosen, idf, idf[chosen] ** 2 @ (table * table))
+        ordered = np.fromiter((self._row_of[w] for w in self._words), np.int64, len(self._words))
+        self._base = _Base(chosen, idf, idf[chosen] ** 2 @ (table * table), ordered)
         return self._base
 
     def _split(self, counted: Mapping[str, int]) -> tuple[Places, Floats]:
@@ -172,11 +173,19 @@ class History:
 
 @dataclass(frozen=True)
 class _Base:
-    """What does not depend on a question: chosen rows, idf of all rows, squared lengths."""
+    """What does not depend on a question.
+
+    Attributes:
+        chosen: rows of the most frequent words.
+        idf: of all rows.
+        squares: of the lengths of all texts by the chosen words.
+        ordered: rows in the alphabetical order of their words.
+    """
 
     chosen: NDArray[np.bool_]
     idf: Floats
     squares: Floats
+    ordered: Places
 
 
 def diversity(group: Sequence[str], *, features: int = 50) -> list[float]:

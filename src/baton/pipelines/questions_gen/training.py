@@ -60,7 +60,7 @@ def train_distill(leg: Leg) -> Outcome:
 
 def retrain(leg: Leg, step: int) -> Outcome:
     """Train a leg's newest checkpoint on to `step`, for `verify-resume`."""
-    return _Trainee(leg, leg.record.stage).loop(stop_at=step).run()
+    return Trainee(leg, leg.record.stage).loop(stop_at=step).run()
 
 
 def config_of(config: QuestionsGen, stage: str) -> TrainConfig:
@@ -88,7 +88,7 @@ def load_best(leg: Leg, learner: Learner, stage: str, ranks: Ranks) -> int:
 
 def _train(leg: Leg, stage: str) -> Outcome:
     config: QuestionsGen = leg.config
-    trainee = _Trainee(leg, stage)
+    trainee = Trainee(leg, stage)
     loop = trainee.loop()
     log_memory(leg, trainee.ranks.device, f"{stage} begins")
     outcome = run(leg, loop, trainee.learner, trainee.model, method=config.adapter.method)
@@ -96,7 +96,7 @@ def _train(leg: Leg, stage: str) -> Outcome:
     return outcome
 
 
-class _Trainee:
+class Trainee:
     """The model of a stage with all that its loop needs."""
 
     def __init__(self, leg: Leg, stage: str) -> None:
