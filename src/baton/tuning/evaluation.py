@@ -71,6 +71,7 @@ class Exam:
         model: who answers; the task's chat model unless given.
         answer: how it answers a batch of prompts, where that is not as any chat model does; see
             `generate`.
+        exact: an answer must not depend by a rounding error on those that are written beside it.
         stage: the one whose best checkpoint answers.
         curves: figures of logged steps that reports show beside the loss.
     """
@@ -80,6 +81,7 @@ class Exam:
     score: Callable[[Sequence[str]], ScoreSheet]
     model: Model | None = None
     answer: Callable[..., Answers | None] | None = None
+    exact: bool = False
     stage: str = TRAIN
     curves: Sequence[str] = ()
 
@@ -166,7 +168,7 @@ def _answer(
         {i - first: [question.prompt for question in shards[i]] for i in mine},
         config.eval.generate,
         ends=exam.ends,
-        exact=config.train.deterministic,
+        exact=exam.exact,
         should_stop=lambda: leg.stop.is_set,
         answer=exam.answer,
     )
