@@ -65,6 +65,7 @@ class Exam:
         answer: how it answers a batch of prompts, where that is not as any chat model does; see
             `generate`.
         stage: the one whose best checkpoint answers.
+        before: stages that trained before it; curves show them end to end.
     """
 
     questions: Sequence[Question]
@@ -73,6 +74,7 @@ class Exam:
     model: Model | None = None
     answer: Callable[..., Answers | None] | None = None
     stage: str = TRAIN
+    before: Sequence[str] = ()
 
 
 def hold(leg: Leg, exam: Exam) -> Outcome:
@@ -164,7 +166,7 @@ def _score(leg: Leg, ranks: Ranks, exam: Exam, shards: int, best_step: int) -> N
     _write_predictions(leg, questions, predictions, notes, sheet)
     figures = json.loads(leg.store.read(f"{exam.stage}/{SUMMARY}"))
     report = read_report(leg)
-    curve = read_lines(leg.folder / exam.stage / METRICS)
+    curve = _curve(leg, exam)
     record = EvalRecord(
         notice=leg.notice,
         experiment=leg.plan.experiment,
@@ -198,6 +200,16 @@ def _score(leg: Leg, ranks: Ranks, exam: Exam, shards: int, best_step: int) -> N
     )
     leg.store.write(f"{FOLDER}/eval.json", record.to_json())
     leg.log("scored", **{score.column: round(score.value, 4) for score in sheet.scores})
+
+
+def _curve(leg: Leg, exam: Exam) -> list[dict[str, Any]]:
+    """The logged lines of every stage that trained, their steps counted on."""
+    lines: list[dict[str, Any]] = []
+    for stage in (*exam.before, exam.stage):
+        first = lines[-1]["step"] if lines else 0
+        own = read_lines(leg.folder / stage / METRICS)
+        lines += [{**line, "step": first + line["step"]} for line in own]
+    return lines
 
 
 def _write_predictions(
