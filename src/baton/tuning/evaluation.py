@@ -73,6 +73,7 @@ class Exam:
             `generate`.
         exact: an answer must not depend by a rounding error on those that are written beside it.
         stage: the one whose best checkpoint answers.
+        before: stages that trained before it; curves show them end to end.
         curves: figures of logged steps that reports show beside the loss.
     """
 
@@ -83,6 +84,7 @@ class Exam:
     answer: Callable[..., Answers | None] | None = None
     exact: bool = False
     stage: str = TRAIN
+    before: Sequence[str] = ()
     curves: Sequence[str] = ()
 
     def stage_of(self, question: Question) -> str:
@@ -204,7 +206,7 @@ def _score(leg: Leg, ranks: Ranks, exam: Exam, shards: int, best_step: int) -> N
     sheet = exam.score(predictions)
     _write_predictions(leg, questions, predictions, notes, sheet)
     report = read_report(leg)
-    curve = _curve(leg, exam.stages)
+    curve = _curve(leg, (*exam.before, *exam.stages))
     record = EvalRecord(
         notice=leg.notice,
         experiment=leg.plan.experiment,

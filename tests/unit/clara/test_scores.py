@@ -93,5 +93,5 @@ def test_a_set_of_known_answers_has_known_scores() -> None:
     assert "1 rows without positives left out" in found.convention
     assert sheet.score("f1").convention != sheet.score("f1_best").convention
     assert [score.column for score in sheet.scores][:4] == [
-        "f1", "cover_em", "exact_match", "recall_at_k"
+        "f1", "cover_em", "recall_at_k", "exact_match"
     ]  # fmt: skip

@@ -312,6 +312,8 @@ def test_the_record_has_scores_of_all_systems_and_what_was_chosen(finished: Task
     hits = [set(row["positives"]) <= set(row["chosen"]) for row in ours]
     assert scores["recall_at_k"].value == pytest.approx(sum(hits) / len(hits))
     assert all(len(row["chosen"]) == 2 for row in ours)
+    steps = [step for step, _ in record.loss_curve]
+    assert steps == [float(n) for n in range(1, 19)], "six steps of each stage, end to end"
     card = (finished.root / "stage3" / "final" / "README.md").read_text(encoding="utf-8")
     assert "RANDOM WEIGHTS" in card
     assert "from baton.pipelines.clara.loader import load" in card
