@@ -47,6 +47,15 @@ class Replies:
                 f"{path}: not a reply of ours ({error}); remove it, and it is asked for again"
             ) from error
 
+    def spent(self) -> Reply:
+        """The tokens of all replies there are, whoever asked for them; its text is empty."""
+        tokens = [0, 0]
+        for path in self.folder.glob("*/[0-9a-f]*.json"):
+            reply = json.loads(path.read_bytes())["reply"]
+            tokens[0] += reply["prompt_tokens"]
+            tokens[1] += reply["completion_tokens"]
+        return Reply(text="", prompt_tokens=tokens[0], completion_tokens=tokens[1])
+
     def put(self, request: Mapping[str, Any], reply: Reply) -> None:
         """Keep a reply, with its request for people to look up."""
         path = self._path(request)

@@ -50,6 +50,12 @@ class TeacherConfig:
         if self.attempts < 1 or self.parallel < 1:
             raise ValueError("attempts and parallel must be at least 1")
 
+    def cost(self, prompt_tokens: int, completion_tokens: int) -> float | None:
+        """In the currency of the prices; None where no price was given."""
+        if self.price_in is None or self.price_out is None:
+            return None
+        return (prompt_tokens * self.price_in + completion_tokens * self.price_out) / 1e6
+
 
 @dataclass
 class Usage:
@@ -69,10 +75,7 @@ class Usage:
 
     def cost(self, config: TeacherConfig) -> float | None:
         """In the currency of the prices; None where no price was given."""
-        if config.price_in is None or config.price_out is None:
-            return None
-        spent = self.prompt_tokens * config.price_in + self.completion_tokens * config.price_out
-        return spent / 1e6
+        return config.cost(self.prompt_tokens, self.completion_tokens)
 
 
 class Teacher:
@@ -99,6 +102,10 @@ class Teacher:
         )
         self._lock = threading.Lock()
         self._under_way: dict[str, Future[Reply]] = {}
+
+    def spent(self) -> Reply:
+        """The tokens of all replies that are kept, over all processes; its text is empty."""
+        return self._replies.spent()
 
     def ask(self, messages: str | Sequence[Message], *, attempt: int = 0) -> Reply:
         """The reply to a conversation, or to one user's prompt.

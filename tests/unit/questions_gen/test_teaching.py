@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,14 +17,6 @@ from baton.pipelines.questions_gen.lesson import CRITERIA, Lesson, Proposal, why
 from baton.pipelines.questions_gen.problem import Problem
 from baton.pipelines.questions_gen.symbolic import Symbolic
 from baton.pipelines.questions_gen.tutor import Tutor
-
-_PLACE = Path(__file__).parents[2] / "services" / "teacher.py"
-_SPEC = importlib.util.spec_from_file_location("teacher_service", _PLACE)
-assert _SPEC is not None
-assert _SPEC.loader is not None
-service = importlib.util.module_from_spec(_SPEC)
-sys.modules["teacher_service"] = service
-_SPEC.loader.exec_module(service)
 
 PROPOSALS = [
     Proposal(i, "Basic_Math:Arithmetic", "basic", Problem(f"Compute {i} + 7.", str(i)).text())
@@ -44,7 +34,7 @@ def teach_all(teaching: Tutor) -> list[Lesson]:
     return list(in_order(teaching.teach, PROPOSALS, parallel=4))
 
 
-def test_a_proposal_is_scored_improved_and_varied(tmp_path: Path) -> None:
+def test_a_proposal_is_scored_improved_and_varied(service: Any, tmp_path: Path) -> None:
     with service.Server(service.Teacher(service.competition)) as server:
         teaching = tutor(server.url, tmp_path)
         lesson = teaching.teach(PROPOSALS[0])
@@ -56,25 +46,28 @@ def test_a_proposal_is_scored_improved_and_varied(tmp_path: Path) -> None:
     assert len({v.problem.problem for v in lesson.variations} | {lesson.improved.problem}) == 4
     assert Lesson.from_json(json.loads(json.dumps(lesson.to_json()))) == lesson
     cost = teaching.cost()
-    assert cost["asked"] == 5
+    assert teaching.usage.asked == 5
     assert cost["cost"] == pytest.approx(
         (cost["prompt_tokens"] * 1.0 + cost["completion_tokens"] * 2.0) / 1e6
     )
     assert cost["cost"] > 0
 
 
-def test_nothing_is_asked_twice(tmp_path: Path) -> None:
+def test_nothing_is_asked_twice(service: Any, tmp_path: Path) -> None:
     with service.Server(service.Teacher(service.competition)) as server:
         first = tutor(server.url, tmp_path)
         lessons = teach_all(first)
         again = tutor(server.url, tmp_path)
         assert teach_all(again) == lessons
         assert set(server.teacher.asked.values()) == {1}
-    assert (again.cost()["asked"], again.cost()["cost"]) == (0, 0.0)
-    assert again.cost()["cached"] == first.cost()["asked"] == len(PROPOSALS) * 5
+    assert again.usage.asked == 0
+    assert again.usage.cached == first.usage.asked == len(PROPOSALS) * 5
+    assert again.cost() == first.cost(), "what was paid, by whichever leg"
 
 
-def test_a_teacher_with_every_fault_is_asked_again_and_says_the_same(tmp_path: Path) -> None:
+def test_a_teacher_with_every_fault_is_asked_again_and_says_the_same(
+    service: Any, tmp_path: Path
+) -> None:
     with service.Server(service.Teacher(service.competition)) as server:
         lessons = teach_all(tutor(server.url, tmp_path / "quiet"))
     with service.Server(
@@ -82,13 +75,16 @@ def test_a_teacher_with_every_fault_is_asked_again_and_says_the_same(tmp_path: P
     ) as server:
         teaching = tutor(server.url, tmp_path / "faulty")
         # A text that is no use is a reply all the same: asked for anew, it may be another one.
-        assert [one.number for one in teach_all(teaching)] == [one.number for one in lessons]
-        assert teaching.cost()["retried"] > 0
+        found = teach_all(teaching)
+        assert [one.number for one in found] == [one.number for one in lessons]
+        assert teaching.usage.retried > 0
         assert sum(server.teacher.answered.values()) == len(server.teacher.answered)
-    assert teaching.malformed["no JSON"] > 0
+    assert "no JSON" in [why for one in found for why in one.malformed]
 
 
-def test_a_teacher_that_dies_leaves_what_it_said_to_the_next_leg(tmp_path: Path) -> None:
+def test_a_teacher_that_dies_leaves_what_it_said_to_the_next_leg(
+    service: Any, tmp_path: Path
+) -> None:
     teacher = service.Teacher(service.competition, dies_after=17)
     with service.Server(teacher) as server:
         first = tutor(server.url, tmp_path)
@@ -100,7 +96,7 @@ def test_a_teacher_that_dies_leaves_what_it_said_to_the_next_leg(tmp_path: Path)
         second = tutor(server.url, tmp_path)
         teach_all(second)
         assert set(teacher.answered.values()) == {1}
-        assert second.cost()["asked"] == len(PROPOSALS) * 5 - said
+        assert second.usage.asked == len(PROPOSALS) * 5 - said
 
 
 @pytest.mark.parametrize(
@@ -117,17 +113,19 @@ def test_a_teacher_that_dies_leaves_what_it_said_to_the_next_leg(tmp_path: Path)
     ],
 )
 def test_malformed_scores_are_asked_for_again_counted_and_left_out(
-    reply: str, reason: str, tmp_path: Path
+    service: Any, reply: str, reason: str, tmp_path: Path
 ) -> None:
     with service.Server(service.Teacher(lambda _: reply)) as server:
         teaching = tutor(server.url, tmp_path, attempts=3)
         lesson = teaching.teach(PROPOSALS[0])
-    assert lesson == Lesson(number=0, dropped=["score: malformed"])
-    assert teaching.malformed == {reason: 3}
-    assert teaching.cost()["malformed"] == {reason: 3}
+    assert (lesson.scores, lesson.improved, list(lesson.variations)) == ({}, None, [])
+    assert lesson.dropped == ["score: malformed"]
+    assert lesson.malformed == [reason] * 3
 
 
-def test_a_malformed_answer_that_comes_right_the_second_time_is_used(tmp_path: Path) -> None:
+def test_a_malformed_answer_that_comes_right_the_second_time_is_used(
+    service: Any, tmp_path: Path
+) -> None:
     seen: set[str] = set()
 
     def moody(prompt: str) -> str:
@@ -140,10 +138,11 @@ def test_a_malformed_answer_that_comes_right_the_second_time_is_used(tmp_path: P
         lesson = teaching.teach(PROPOSALS[0])
     assert lesson.improved is not None
     assert len(lesson.variations) == 3
-    assert teaching.malformed == {"no JSON": 5}
+    assert lesson.malformed == ["no JSON"] * 5
+    assert lesson.dropped == []
 
 
-def replying(**problem: Any) -> Callable[[str], str]:
+def replying(service: Any, **problem: Any) -> Callable[[str], str]:
     def rule(prompt: str) -> str:
         return service.competition(prompt) if "Judge" in prompt else json.dumps(problem)
 
@@ -160,15 +159,15 @@ def replying(**problem: Any) -> Callable[[str], str]:
     ],
 )
 def test_a_wrong_improvement_is_not_taught(
-    problem: dict[str, Any], reason: str, tmp_path: Path
+    service: Any, problem: dict[str, Any], reason: str, tmp_path: Path
 ) -> None:
-    with service.Server(service.Teacher(replying(**problem))) as server:
+    with service.Server(service.Teacher(replying(service, **problem))) as server:
         lesson = tutor(server.url, tmp_path).teach(PROPOSALS[0])
     assert lesson.improved is None
     assert lesson.dropped == [reason]
 
 
-def test_a_request_that_is_refused_costs_only_itself(tmp_path: Path) -> None:
+def test_a_request_that_is_refused_costs_only_itself(service: Any, tmp_path: Path) -> None:
     teacher = service.Teacher(service.competition, refuses="Compute 3 + 7.")
     with service.Server(teacher) as server:
         lessons = teach_all(tutor(server.url, tmp_path))
@@ -176,7 +175,9 @@ def test_a_request_that_is_refused_costs_only_itself(tmp_path: Path) -> None:
     assert lessons[3].dropped == ["score: refused"]
 
 
-def test_changed_numbers_with_the_old_answer_are_not_passed_on(tmp_path: Path) -> None:
+def test_changed_numbers_with_the_old_answer_are_not_passed_on(
+    service: Any, tmp_path: Path
+) -> None:
     source = Problem("How many ways are there for 4 men?", "24", "4! = 24")
     same = Problem("How many ways are there for 5 men?", "24", "unchanged")
     assert why_not_taught(same, source=source) == "answer_unchanged"
@@ -184,7 +185,7 @@ def test_changed_numbers_with_the_old_answer_are_not_passed_on(tmp_path: Path) -
     assert why_not_taught(same) == ""
     assert why_not_taught(Problem("Compute 1 + 1.", "")) == "no_answer"
     lazy = {"problem": "Compute 2 + 3.", "answer": 5, "solution": "2 + 3 = 5"}
-    with service.Server(service.Teacher(replying(**lazy))) as server:
+    with service.Server(service.Teacher(replying(service, **lazy))) as server:
         lesson = tutor(server.url, tmp_path).teach(PROPOSALS[0])
     assert lesson.dropped == ["parameters: not_varied"]
 

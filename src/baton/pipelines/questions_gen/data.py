@@ -14,7 +14,7 @@ import numpy as np
 
 from baton.data.quality import Cleaner, RejectsWriter
 from baton.data.rows import Row
-from baton.data.source import open_source
+from baton.data.source import RowSource, open_source
 from baton.data.split import split
 from baton.data.tokenise import ChatEncoder, TokenWriter, write_turns
 from baton.errors import DataError
@@ -25,7 +25,7 @@ from baton.pipelines.questions_gen.competition import (
     quality,
     topics,
 )
-from baton.pipelines.questions_gen.config import QuestionsGen
+from baton.pipelines.questions_gen.config import ProblemData, QuestionsGen
 from baton.pipelines.questions_gen.problem import Problem, final_answer, without_marker
 from baton.pipelines.questions_gen.prompts import Request
 from baton.record import dump_json
@@ -126,9 +126,12 @@ def prepare(leg: Leg) -> Outcome:
     census = Census()
     with RejectsWriter(folder / "rejects.jsonl") as rejects:
         kept: list[Judged] = []
-        for row in _judged(leg, rejects):
+        source = open_source(config.data, pinned=leg.plan.pins.get(config.data.pin_key, ""))
+        for row in judged_rows(source, config.data, rejects):
             if leg.stop.is_set:
                 return Outcome.HANDED_OVER
+            if row is None:
+                continue
             is_kept = row.competition_score > config.data.min_competition_score
             census.count(row, is_kept=is_kept)
             if is_kept:
@@ -162,7 +165,7 @@ def prepare(leg: Leg) -> Outcome:
                 f" fills data.max_length ({config.data.max_length}); raise it"
             )
     for name, rows in parts.items():
-        _write(leg, name, rows)
+        leg.store.write(f"{DATA}/{name}.jsonl", write_rows(rows))
     files = ("train.tokens", "train.index", "dev.tokens", "dev.index")
     report = {
         "notice": leg.notice,
@@ -191,13 +194,24 @@ def read_part(folder: Path, name: str) -> list[Judged]:
     return [Judged(**row | {"topics": tuple(row["topics"])}) for row in rows]
 
 
-def _judged(leg: Leg, rejects: RejectsWriter) -> Iterator[Judged]:
-    data = leg.config.data
-    source = open_source(data, pinned=leg.plan.pins.get(data.pin_key, ""))
+def judged_rows(
+    source: RowSource, data: ProblemData, rejects: RejectsWriter | None = None
+) -> Iterator[Judged | None]:
+    """Every row of a source, judged; None for one that cannot be used, written to `rejects`."""
     cleaner = Cleaner(min_chars=data.min_chars, max_chars=data.max_chars)
-    row: Row
-    for row in rejects.kept(cleaner.clean(source.rows())):
-        yield judge(row.number, row.values["problem"], row.values["solution"])
+    for row in cleaner.clean(source.rows()):
+        if isinstance(row, Row):
+            yield judge(row.number, row.values["problem"], row.values["solution"])
+            continue
+        if rejects is not None:
+            rejects.write(row)
+        yield None
+
+
+def write_rows(rows: Iterable[Judged]) -> bytes:
+    """One JSON object a line, as `read_part` reads them."""
+    lines = (json.dumps(asdict(row), ensure_ascii=False) + "\n" for row in rows)
+    return "".join(lines).encode("utf-8", "replace")
 
 
 def _split(kept: list[Judged], census: Census, config: QuestionsGen) -> dict[str, list[Judged]]:
@@ -244,8 +258,3 @@ def _mixed(
     rows = [*problems, *chat]
     rng = np.random.Generator(np.random.PCG64([seed, 3]))
     return [rows[i] for i in rng.permutation(len(rows))] if chat else rows
-
-
-def _write(leg: Leg, name: str, rows: Iterable[Judged]) -> None:
-    lines = (json.dumps(asdict(row), ensure_ascii=False) + "\n" for row in rows)
-    leg.store.write(f"{DATA}/{name}.jsonl", "".join(lines).encode("utf-8", "replace"))

@@ -43,6 +43,7 @@ class Lesson:
         scores: by criterion, 0 to 1; empty where the teacher could not judge.
         improved: None where nothing can be made of the proposal.
         dropped: why something is missing, counted in the report.
+        malformed: what was wrong with replies that could not be read; each was asked for anew.
     """
 
     number: int
@@ -50,6 +51,7 @@ class Lesson:
     improved: Problem | None = None
     variations: Sequence[Variation] = ()
     dropped: Sequence[str] = ()
+    malformed: Sequence[str] = ()
 
     @property
     def score(self) -> float:
@@ -71,6 +73,7 @@ class Lesson:
                 for v in values["variations"]
             ],
             dropped=values["dropped"],
+            malformed=values["malformed"],
         )
 
 
@@ -82,7 +85,7 @@ class Instructor(Protocol):
         ...
 
     def cost(self) -> dict[str, Any]:
-        """What was asked so far by this process, and what it cost."""
+        """What was asked, over all legs, and what it cost."""
         ...
 
 

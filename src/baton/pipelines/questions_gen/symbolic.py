@@ -54,7 +54,7 @@ class Symbolic:
         )
 
     def cost(self) -> dict[str, Any]:
-        return {"asked": 0, "cost": 0.0}
+        return {"cost": 0.0}
 
     def _varied(self, source: Problem, number: int) -> list[Variation]:
         rng = np.random.Generator(np.random.PCG64([self._seed, number]))

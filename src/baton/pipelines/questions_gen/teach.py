@@ -95,6 +95,7 @@ def _write(
     config: QuestionsGen = leg.config
     least = config.distill.min_score
     dropped = Counter(itertools.chain.from_iterable(lesson.dropped for lesson in lessons))
+    malformed = Counter(itertools.chain.from_iterable(lesson.malformed for lesson in lessons))
     dropped["below_min_score"] = sum(
         lesson.improved is not None and lesson.score < least for lesson in lessons
     )
@@ -114,12 +115,14 @@ def _write(
         "improved": sum(lesson.improved is not None for lesson in lessons),
         "variations": sum(len(lesson.variations) for lesson in lessons),
         "mean_score": sum(lesson.score for lesson in lessons) / max(len(lessons), 1),
+        "malformed": dict(sorted(malformed.items())),
+        **cost,
         "dropped": {name: n for name, n in sorted(dropped.items()) if n},
         "tokens": counts,
         "sha256": {"train.tokens": sha256_of(folder / "train.tokens")},
     }
     leg.store.write(f"{DISTILL}/taught/report.json", dump_json(report))
-    leg.log("taught", samples=counts["samples"], **{k: str(v) for k, v in cost.items()})
+    leg.log("taught", samples=counts["samples"], **cost)
     if not counts["samples"]:
         reasons = ", ".join(f"{n:,} {name}" for name, n in dropped.most_common() if n)
         raise DataError(

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import re
-import threading
-from collections import Counter
 from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from baton.data.teacher import Teacher
+from baton.data.teacher import Teacher, Usage
 from baton.errors import RefusedError
 from baton.pipelines.questions_gen.config import OpenAITeacher
 from baton.pipelines.questions_gen.lesson import (
@@ -47,6 +46,14 @@ class Malformed(ValueError):
     """A reply that is not what was asked for."""
 
 
+@dataclass
+class _Notes:
+    """What went wrong on the way to one lesson."""
+
+    dropped: list[str] = field(default_factory=list)
+    malformed: list[str] = field(default_factory=list)
+
+
 class Tutor:
     """An `Instructor` behind an API; replies are kept, so nothing is asked twice."""
 
@@ -64,76 +71,74 @@ class Tutor:
         self._variations = variations
         self._min_score = min_score
         self._attempts = attempts
-        self._lock = threading.Lock()
-        self.malformed: Counter[str] = Counter()
 
     def teach(self, proposal: Proposal) -> Lesson:
         """Three kinds of requests; what a reply lacks is asked for again, then left out."""
-        dropped: list[str] = []
-        scores = self._ask(_SCORE + proposal.text, _read_scores, dropped, "score")
-        if scores is None:
-            return Lesson(number=proposal.number, dropped=dropped)
-        asked = _IMPROVE.format(topic=proposal.topic, difficulty=proposal.difficulty)
-        improved = self._problem(asked + proposal.text, None, dropped, "improved")
-        lesson = Lesson(number=proposal.number, scores=scores, improved=improved, dropped=dropped)
-        if improved is None or lesson.score < self._min_score:
-            return lesson
-        varied = [self._vary(improved, i, dropped) for i in range(self._variations)]
-        return Lesson(
-            number=proposal.number,
-            scores=scores,
-            improved=improved,
+        notes = _Notes()
+        scores = self._ask(_SCORE + proposal.text, _read_scores, notes, "score")
+        improved: Problem | None = None
+        varied: list[Variation | None] = []
+        if scores is not None:
+            asked = _IMPROVE.format(topic=proposal.topic, difficulty=proposal.difficulty)
+            improved = self._problem(asked + proposal.text, None, notes, "improved")
+        lesson = Lesson(number=proposal.number, scores=scores or {}, improved=improved)
+        if improved is not None and lesson.score >= self._min_score:
+            varied = [self._vary(improved, i, notes) for i in range(self._variations)]
+        return replace(
+            lesson,
             variations=[found for found in varied if found is not None],
-            dropped=dropped,
+            dropped=notes.dropped,
+            malformed=notes.malformed,
         )
 
     def cost(self) -> dict[str, Any]:
-        usage = self._teacher.usage
+        spent = self._teacher.spent()
+        tokens = spent.prompt_tokens, spent.completion_tokens
         return {
-            "asked": usage.asked,
-            "cached": usage.cached,
-            "retried": usage.retried,
-            "malformed": dict(sorted(self.malformed.items())),
-            "prompt_tokens": usage.prompt_tokens,
-            "completion_tokens": usage.completion_tokens,
-            "cost": usage.cost(self._config),
+            "prompt_tokens": tokens[0],
+            "completion_tokens": tokens[1],
+            "cost": self._config.cost(*tokens),
         }
 
-    def _vary(self, source: Problem, number: int, dropped: list[str]) -> Variation | None:
+    @property
+    def usage(self) -> Usage:
+        """What this process asked."""
+        return self._teacher.usage
+
+    def _vary(self, source: Problem, number: int, notes: _Notes) -> Variation | None:
         kind: Kind = KINDS[number % len(KINDS)]
         # A second variation of a kind is another request only if it says so.
         again = f" This is variation {number // len(KINDS) + 1} of this kind."
         text = f"{variation(kind)}{again if number >= len(KINDS) else ''} {_FORM}{source.text()}"
         other = source if kind == "parameters" else None
-        found = self._problem(text, other, dropped, kind)
+        found = self._problem(text, other, notes, kind)
         return None if found is None else Variation(kind=kind, problem=found)
 
     def _problem(
-        self, text: str, source: Problem | None, dropped: list[str], what: str
+        self, text: str, source: Problem | None, notes: _Notes, what: str
     ) -> Problem | None:
-        found = self._ask(text, _read_problem, dropped, what)
+        found = self._ask(text, _read_problem, notes, what)
         if found is None:
             return None
         if why := why_not_taught(found, source=source):
-            dropped.append(f"{what}: {why}")
+            notes.dropped.append(f"{what}: {why}")
             return None
         return found
 
     def _ask(
-        self, text: str, read: Callable[[dict[str, Any]], T], dropped: list[str], what: str
+        self, text: str, read: Callable[[dict[str, Any]], T], notes: _Notes, what: str
     ) -> T | None:
         for attempt in range(self._attempts):
             try:
                 reply = self._teacher.ask(text, attempt=attempt)
             except RefusedError:
-                dropped.append(f"{what}: refused")
+                notes.dropped.append(f"{what}: refused")
                 return None
             try:
                 return read(_object(reply.text))
             except Malformed as error:
-                with self._lock:
-                    self.malformed[str(error)] += 1
-        dropped.append(f"{what}: malformed")
+                notes.malformed.append(str(error))
+        notes.dropped.append(f"{what}: malformed")
         return None
 
 
