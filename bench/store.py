@@ -187,7 +187,7 @@ def stall(server: S3Server, folder: Path, rounds: int) -> bool:
             if is_sent:
                 uploader.finish(deadline=lambda: None)
                 uploader.close()
-                stored = mirror.durable["train/checkpoints"]
+                stored = mirror.index.durable["train/checkpoints"]
     with_store, without = statistics.median(work[True]), statistics.median(work[False])
     share = max(0.0, with_store / without - 1)
     print(

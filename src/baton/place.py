@@ -14,8 +14,10 @@ from baton.record import Plan, dump_json
 from baton.runner import task_store
 from baton.store.base import Remote
 from baton.store.local import LocalStore
-from baton.store.mirror import CANCELLED, Mirror
+from baton.store.mirror import Mirror
 from baton.store.open import is_remote, local_folder, open_remote
+from baton.store.patience import IMPATIENT, Patience
+from baton.store.task_names import CANCELLED
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,12 +35,12 @@ class Place:
     remote: Remote | None = None
 
     @classmethod
-    def open(cls, url: str) -> Place:
+    def open(cls, url: str, patience: Patience = IMPATIENT) -> Place:
         """Raises `ConfigError` or `StoreRefused` when there is no such place."""
         root = local_folder(url)
         if not is_remote(url):
             return cls(url=str(root), root=root)
-        return cls(url=url, root=root, remote=open_remote(url))
+        return cls(url=url, root=root, remote=open_remote(url, patience))
 
     def mirror(self, plan: Plan, task: str) -> Mirror | None:
         """The two sides of a task; None if the folder is the store."""

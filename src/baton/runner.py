@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from baton.config.decode import decode
-from baton.errors import BatonError, ConfigError, ExitStatus, FencedError, StoreError
+from baton.errors import BatonError, ConfigError, ExitStatus, FencedError, StoreBusy, StoreError
 from baton.handover import StopSignal
 from baton.legs import Legs, this_runner, utc_now
 from baton.pipelines import PIPELINES
@@ -19,8 +19,9 @@ from baton.plan import files_of, fingerprint
 from baton.record import LegRecord, LegState, Plan, TaskPlan, dump_json, replace
 from baton.stage import PROGRESS_EVERY_SECONDS, Alone, Leg, Outcome, Peers, Stage
 from baton.store.local import LocalStore
-from baton.store.mirror import CANCELLED, Mirror, position_of
+from baton.store.mirror import Mirror
 from baton.store.publish import EVAL_RECORD, publish
+from baton.store.task_names import CANCELLED, position_of
 from baton.store.upload import Uploader, within
 
 log = logging.getLogger(__name__)
@@ -90,6 +91,10 @@ class TaskRunner:
                     outcome = self._run_stages(leg, stages)
                 except BaseException as error:
                     raised = self._reason_behind(leg, error)
+                    if isinstance(raised, StoreBusy) and self.stop.is_set:
+                        # The store was waited for when somebody wanted the machine back.
+                        log.warning("nothing to save: %s", raised)
+                        return self._end(legs, leg, Outcome.HANDED_OVER)
                     self._close(legs, leg, "failed", f"{type(raised).__name__}: {raised}", raised)
                     if raised is error:
                         raise
@@ -151,8 +156,25 @@ class TaskRunner:
             looks = {"poll_seconds": _LOOK_SECONDS}
         legs.wait_for_silence(record, should_stop=lambda: self.stop.is_set, **looks)
         record = legs.open(record)
-        if self.mirror is not None:
+        if self.mirror is None:
+            return record
+        try:
             self.mirror.pull(self.stages)
+        except BatonError as error:
+            is_stopped = isinstance(error, StoreBusy) and self.stop.is_set
+            ended = replace(
+                record,
+                state="handed_over" if is_stopped else "failed",
+                ended=self.now(),
+                reason=f"{type(error).__name__}: {error}",
+                signal=self.stop.name,
+                exit_status=ExitStatus.HANDED_OVER if is_stopped else error.exit_status,
+            )
+            # The next leg need not wait for this one to fall silent; if even that does not arrive,
+            # it does.
+            with contextlib.suppress(BatonError):
+                legs.close(ended)
+            raise
         return record
 
     def _check_fence(self, legs: Legs, number: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import sys
 
@@ -58,7 +59,9 @@ def run(
         limit_threads,
         listen,
         log_to_stdout,
+        patience_until,
         prepare_gpu_memory,
+        stopping_is_no_failure,
         warn_of_a_passing_store,
     )
 
@@ -79,7 +82,8 @@ def run(
     if task is None and not plan_or_exp.endswith(".json"):
         # Before freezing asks a hub about anything.
         task = Target.fresh(plan_or_exp, settings, site, store).one_task("run")
-    target = Target.frozen(plan_or_exp, settings, site, store)
+    with stopping_is_no_failure(stop):
+        target = Target.frozen(plan_or_exp, settings, site, store, patience_until(stop))
     task = task or target.one_task("run")
     warn_of_a_passing_store(target.root)
     runner = TaskRunner(
@@ -92,13 +96,13 @@ def run(
         allow_changed=allow_changed,
         until=stage,
     )
-    if sys.stdout.isatty():
-        from baton.console import Bars
+    with contextlib.ExitStack() as around:
+        around.enter_context(stopping_is_no_failure(stop))
+        if sys.stdout.isatty():
+            from baton.console import Bars
 
-        with Bars() as bars:
+            bars = around.enter_context(Bars())
             runner.on_progress = lambda values: bars.progress(task, values)
-            status = runner.run()
-    else:
         status = runner.run()
     sys.exit(status)
 

@@ -34,7 +34,7 @@ from baton.pipelines import PIPELINES
 from baton.record import dump_json
 from baton.runner import task_prefix, task_store
 from baton.status import TaskStatus, status_of
-from baton.store.mirror import CANCELLED
+from baton.store.task_names import CANCELLED
 
 
 @dataclass

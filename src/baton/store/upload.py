@@ -12,7 +12,9 @@ from baton.errors import BatonError, DamagedError, FencedError, NameMissing, Nam
 from baton.record import LegRecord
 from baton.store.base import Batch
 from baton.store.checkpoint import Retention
-from baton.store.mirror import Changes, Mirror, newest_steps
+from baton.store.mirror import Mirror
+from baton.store.mirror_index import Changes
+from baton.store.task_names import newest_steps
 
 log = logging.getLogger(__name__)
 
@@ -227,9 +229,9 @@ class Uploader:
     def _note(self, prefix: str, steps: Sequence[int]) -> None:
         """Remember what the store has, for `status` and for the leg's record."""
         newest = max(steps, default=None)
-        if newest is not None and newest > self.mirror.durable.get(prefix, -1):
-            self.mirror.durable[prefix] = newest
-            self.mirror.write_index()
+        if newest is not None and newest > self.mirror.index.durable.get(prefix, -1):
+            self.mirror.index.durable[prefix] = newest
+            self.mirror.index.write()
             self.durable(newest)
 
     def _missing(self) -> list[str]:
@@ -237,7 +239,7 @@ class Uploader:
         missing = [
             f"{prefix}/step-{step:06d}"
             for prefix, step in newest_steps(set(self.mirror.local.names())).items()
-            if step > self.mirror.durable.get(prefix, -1)
+            if step > self.mirror.index.durable.get(prefix, -1)
         ]
         return missing + sorted(self.mirror.changes().changed)
 
