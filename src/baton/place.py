@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from baton import frozen
-from baton.errors import NameMissing, NameTaken
+from baton.errors import ConfigError, NameMissing, NameTaken
 from baton.pipelines import PIPELINES
 from baton.record import Plan, dump_json
 from baton.runner import task_store
-from baton.store.base import Remote
+from baton.store.base import Remote, check_name
 from baton.store.local import LocalStore
 from baton.store.mirror import Mirror
 from baton.store.open import is_remote, local_folder, open_remote
@@ -77,6 +77,20 @@ class Place:
             mirror = self.mirror(plan, task)
             if mirror is not None:
                 mirror.refresh(stages)
+
+    def find_plan(self, name: str) -> Path:
+        """A frozen plan by its name in this store, `EXPERIMENT/DIGEST/plan.json`, brought here.
+
+        Raises:
+            ConfigError: there is none of this name.
+        """
+        path = self.root / check_name(name)
+        if self.remote is not None:
+            with contextlib.suppress(NameMissing):
+                LocalStore(path.parent).write(frozen.FILE, self.remote.read(name))
+        if not path.exists():
+            raise ConfigError(f"there is no plan {name}, neither here nor in {self.url}")
+        return path
 
     def versions(self, experiment: str) -> list[str]:
         """Digests of every plan of an experiment."""

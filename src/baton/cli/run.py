@@ -51,8 +51,9 @@ def run(
 ) -> None:
     """Work on one task: what a container, a Slurm job or the local launcher executes.
 
-    PLAN is a plan.json, or what EXP is elsewhere. Exits with 0 when the task is finished, 75 when
-    it was handed over (run the same again), 78 when running again cannot help.
+    PLAN is a plan.json (a file, or its name inside --store), or what EXP is elsewhere. Exits with
+    0 when the task is finished, 75 when it was handed over (run the same again), 78 when running
+    again cannot help.
     """
     # Before any slow import: a signal may come while torch loads.
     from baton.process import (

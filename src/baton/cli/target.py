@@ -81,6 +81,9 @@ class Target:
             fresh, _ = plan_of(plan_or_exp, settings)
             place = open_place(site, store, patience)
             path = place.freeze(fresh)
+        elif not path.exists() and store is not None:
+            place = open_place(site, store, patience)
+            path = place.find_plan(plan_or_exp)
         plan = read(path)
         if place is None:
             here = store is None
