@@ -65,6 +65,12 @@ class Place:
         self._bring_plan(plan)
         return path
 
+    def keep(self, plan: Plan) -> None:
+        """Store a frozen plan that lies elsewhere, so that other machines find it."""
+        if self.remote is not None:
+            with contextlib.suppress(NameTaken):
+                self.remote.write(self._plan_name(plan), plan.to_json(), exclusive=True)
+
     def refresh(self, plan: Plan, tasks: Sequence[str]) -> None:
         """Bring the plan, and the records of tasks that are not at work here, for people to see."""
         if self.remote is None:
@@ -77,6 +83,20 @@ class Place:
             mirror = self.mirror(plan, task)
             if mirror is not None:
                 mirror.refresh(stages)
+
+    def bring(self, plan: Plan, task: str, *, checkpoints: int | None = None) -> None:
+        """Bring what the store has of a task, with its newest `checkpoints` (0: all of them).
+
+        Nothing beneath a leg that is at work here: it has brought, or made, all there is.
+        """
+        mirror = self.mirror(plan, task)
+        if mirror is None:
+            return
+        with mirror.hold() as is_held:
+            if is_held:
+                mirror.pull(PIPELINES[plan.pipeline]().stage_names)
+                if checkpoints is not None:
+                    mirror.bring_checkpoints(checkpoints)
 
     def find_plan(self, name: str) -> Path:
         """A frozen plan by its name in this store, `EXPERIMENT/DIGEST/plan.json`, brought here.

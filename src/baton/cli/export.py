@@ -25,6 +25,7 @@ def export(task: str, out: Path, settings: tuple[str, ...], site: str, store: st
 
     target = Target.submitted(task, settings, site, store)
     name = target.one_task("export")
+    target.place.bring(target.plan, name)
     files = copy_out(
         task_store(target.root, target.plan, name), out, task=f"{target.plan.experiment}/{name}"
     )

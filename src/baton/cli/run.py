@@ -122,8 +122,7 @@ def verify_resume(task: str, settings: tuple[str, ...], site: str, store: str | 
     prepare_gpu_memory()
     target = Target.submitted(task, settings, site, store)
     meant = target.plan.task(target.one_task("verify-resume"))
-    if (mirror := target.place.mirror(target.plan, meant.name)) is not None:
-        mirror.bring_checkpoints(last=2)
+    target.place.bring(target.plan, meant.name, checkpoints=2)
     stop = listen()
     quiet_libraries()
     logging.basicConfig(level=logging.WARNING, format="%(message)s")

@@ -90,6 +90,7 @@ class Target:
             place = (
                 Place.open(str(root_of(path, plan))) if here else open_place(site, store, patience)
             )
+            place.keep(plan)
         return cls(plan=plan, tasks=[task.name for task in plan.tasks], site_name=site, place=place)
 
     def refresh(self, tasks: Sequence[str] | None = None) -> None:
