@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import sys
@@ -44,16 +45,26 @@ def url() -> str:
     return f"s3://{BUCKET}/{os.urandom(4).hex()}"
 
 
-def records(server: S3Server, url: str, what: str) -> list[dict[str, Any]]:
-    """JSON objects in the bucket whose key contains `what`, by key."""
+def keys(server: S3Server, url: str) -> list[str]:
+    """What lies below `url`, in order."""
     client: Any = server.client()
     prefix = url.removeprefix(f"s3://{BUCKET}/")
     pages = client.get_paginator("list_objects_v2").paginate(Bucket=BUCKET, Prefix=prefix)
-    keys = [found["Key"] for page in pages for found in page.get("Contents", ())]
+    return sorted(found["Key"] for page in pages for found in page.get("Contents", ()))
+
+
+def newest_step(server: S3Server, url: str) -> int:
+    """The newest checkpoint in the bucket; 0 while there is none."""
+    steps = re.findall(r"step-(\d+)/manifest\.json", "\n".join(keys(server, url)))
+    return max(map(int, steps), default=0)
+
+
+def legs(server: S3Server, url: str) -> list[dict[str, Any]]:
+    client: Any = server.client()
     return [
         json.loads(client.get_object(Bucket=BUCKET, Key=key)["Body"].read())
-        for key in sorted(keys)
-        if what in key
+        for key in keys(server, url)
+        if "/legs/" in key
     ]
 
 
@@ -81,23 +92,18 @@ def test_the_line_for_a_rented_gpu_is_repeated_on_empty_machines_until_it_is_don
         docker("volume", "rm", "--force", VOLUME)
         docker.must("run", "--detach", "--name", NAME, *line, environment=names)
 
-    def durable() -> int:
-        return max(
-            (int(found["step"]) for found in records(server, url, "manifest.json")), default=0
-        )
-
     try:
         new_machine()
-        until(lambda: durable() >= 50, "a checkpoint in the bucket")
+        until(lambda: newest_step(server, url) >= 50, "a checkpoint in the bucket")
         docker.must("stop", "--time", "100", NAME)
         assert docker.must("wait", NAME) == "75"
-        [leg] = records(server, url, "/legs/")
+        [leg] = legs(server, url)
         assert (leg["state"], leg["not_stored"]) == ("handed_over", [])
-        handed_over = durable()
+        handed_over = newest_step(server, url)
         assert handed_over == leg["to_step"] < 400
 
         new_machine()
-        until(lambda: durable() > handed_over, "the second machine to get further")
+        until(lambda: newest_step(server, url) > handed_over, "the second machine to get further")
         docker.must("kill", NAME)
 
         # Nobody said that the second one is gone: the third waits until it counts as lost.
@@ -105,7 +111,7 @@ def test_the_line_for_a_rented_gpu_is_repeated_on_empty_machines_until_it_is_don
         assert docker.must("wait", NAME, seconds=400) == "0", docker("logs", NAME).out
         said = docker("logs", NAME).out
         assert "resumed task=long leg=3" in said
-        states = [leg["state"] for leg in records(server, url, "/legs/")]
+        states = [leg["state"] for leg in legs(server, url)]
         assert states == ["handed_over", "lost", "finished"]
     finally:
         docker("rm", "--force", NAME)

@@ -67,7 +67,8 @@ class Mirror:
         self._pull_legs(listed)
         here = set(self.local.names())
         files = self._remote_files(listed)
-        plain = [name for name in listed if is_mirrored(name)]
+        # The log is joined further down: a launcher here may have it open.
+        plain = [name for name in listed if is_mirrored(name) and name != LOG]
         wanted = list(files.values())
         if position_of(here, stages) >= position_of(listed, stages):
             plain = []
