@@ -31,7 +31,7 @@ _END_SECONDS = 2.0
 class Uploader:
     """Two threads of a leg: one sends checkpoints and records, one says that the leg lives.
 
-    Of several checkpoints that wait, only the newest is sent (and later the best, and those
+    Of several checkpoints that wait, only the newest is sent, after the best (and later those
     that retention keeps for ever). A store that fails is tried again, and at every save;
     training hears of it in the log only, unless another leg has taken over (`fenced`).
 
@@ -171,7 +171,9 @@ class Uploader:
     def _next_checkpoint(self) -> tuple[str, int] | None:
         """The checkpoint to send next: the newest, then what is kept for ever, newest first.
 
-        All that is here of a stage that is finished: its marker promises them.
+        The best goes before any newer one: whoever goes on from that, elsewhere, must find it.
+        Until the leg's first save tells which it is, the oldest goes first. All that is here of
+        a stage that is finished is sent: its marker promises them.
         """
         finished = self.mirror.changes().finished_stages()
         for prefix in self.mirror.prefixes():
@@ -180,12 +182,16 @@ class Uploader:
             missing = [step for step in here if step not in there and step not in self._damaged]
             if not missing:
                 continue
+            retention = self._retention.get(prefix)
+            if retention is None:
+                return prefix, missing[0]
+            if retention.best in missing:
+                return prefix, retention.best
             if not there or missing[-1] > there[-1]:
                 return prefix, missing[-1]
-            retention = self._retention.get(prefix)
             is_finished = prefix.partition("/")[0] in finished
             for step in reversed(missing):
-                if is_finished or (retention and retention.keeps(step)):
+                if is_finished or retention.keeps(step):
                     return prefix, step
         return None
 
