@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from baton.claim import claim
 from baton.config.decode import decode
 from baton.errors import BatonError, ConfigError, ExitStatus, FencedError, StoreBusy, StoreError
 from baton.handover import StopSignal
@@ -26,8 +27,6 @@ from baton.store.upload import Uploader, within
 
 log = logging.getLogger(__name__)
 
-# How often a leg that waits for another machine's to fall silent looks into a remote store.
-_LOOK_SECONDS = 5.0
 # What a failed leg, and the record of an ended one, may take to reach a remote store.
 _LAST_SECONDS = 15.0
 
@@ -116,7 +115,7 @@ class TaskRunner:
         refused: BatonError | None = None
         if peers.rank == 0:
             try:
-                record = self._claim(legs, record)
+                record = claim(record, legs, self.mirror, self.stages, self.stop)
                 self.store.sweep()
             except BatonError as error:
                 refused = error
@@ -145,37 +144,6 @@ class TaskRunner:
                 os.environ.get("BATON_PROGRESS_SECONDS", PROGRESS_EVERY_SECONDS)
             ),
         )
-
-    def _claim(self, legs: Legs, record: LegRecord) -> LegRecord:
-        """Make the task this leg's, where all machines can see it, and bring what is there."""
-        looks: dict[str, float] = {}
-        if self.mirror is not None:
-            legs = Legs(
-                self.mirror.remote, self.name, self.now, self.mirror.version.lost_after_seconds
-            )
-            looks = {"poll_seconds": _LOOK_SECONDS}
-        legs.wait_for_silence(record, should_stop=lambda: self.stop.is_set, **looks)
-        record = legs.open(record)
-        if self.mirror is None:
-            return record
-        try:
-            self.mirror.pull(self.stages)
-        except BatonError as error:
-            is_stopped = isinstance(error, StoreBusy) and self.stop.is_set
-            ended = replace(
-                record,
-                state="handed_over" if is_stopped else "failed",
-                ended=self.now(),
-                reason=f"{type(error).__name__}: {error}",
-                signal=self.stop.name,
-                exit_status=ExitStatus.HANDED_OVER if is_stopped else error.exit_status,
-            )
-            # The next leg need not wait for this one to fall silent; if even that does not arrive,
-            # it does.
-            with contextlib.suppress(BatonError):
-                legs.close(ended)
-            raise
-        return record
 
     def _check_fence(self, legs: Legs, number: int) -> None:
         legs.check_fence(number)

@@ -310,6 +310,24 @@ def test_a_leg_waits_for_a_store_that_is_busy_longer_than_libraries_ask(
     assert_identical(far.on_empty_machine(there, tmp_path / "end"), lab.reference(here))
 
 
+def test_a_leg_that_brings_much_says_that_it_lives(lab: Lab, s3: Far) -> None:
+    here = lab.task(url=s3.url())
+    leg = lab.start(here)
+    wait_for(leg, r"stored .* step=\d+ ")
+    leg.kill()
+    leg.wait()
+    remote = s3.mirror(here).remote
+    before = json.loads(remote.read("progress.json"))["time"]
+    there = moved(lab, here)
+    slow = s3.proxy.rule(action="delay", method="GET", path="/blobs/", seconds=25)
+    leg = lab.start(there)
+    wait_until(leg, lambda: slow.hits, "data were on their way")
+    heard = lambda: json.loads(remote.read("progress.json"))["time"] > before  # noqa: E731
+    wait_until(leg, heard, "the leg said that it lives")
+    assert "stage started" not in leg.text, "it is still bringing what it needs"
+    assert leg.wait() == 0, leg.text[-2000:]
+
+
 def test_a_signal_ends_the_wait_for_a_busy_store_and_is_no_failure(lab: Lab, s3: Far) -> None:
     here = lab.task(url=s3.url())
     leg = lab.start(here)

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 from baton.errors import BatonError, DamagedError, FencedError, NameMissing, NameTaken
-from baton.record import LegRecord
+from baton.record import LegRecord, dump_json
 from baton.store.base import Batch
 from baton.store.checkpoint import Retention
 from baton.store.mirror import Mirror
 from baton.store.mirror_index import Changes
-from baton.store.task_names import newest_steps
+from baton.store.task_names import PROGRESS, newest_steps
 
 log = logging.getLogger(__name__)
 
@@ -265,6 +266,31 @@ class Uploader:
                 return
             except (BatonError, OSError) as error:
                 log.debug("no heartbeat: %s", error)
+
+
+@contextlib.contextmanager
+def saying_alive(mirror: Mirror, record: LegRecord, now: Callable[[], str]) -> Iterator[None]:
+    """Say that a leg lives while it brings what is there, which may take longer than silence may.
+
+    A leg that has been taken over meanwhile finds out when it stores something.
+    """
+    is_over = threading.Event()
+
+    def beat() -> None:
+        while not is_over.wait(mirror.version.heartbeat_seconds):
+            try:
+                mirror.local.write(PROGRESS, dump_json({"time": now()}))
+                mirror.commit(Batch(message=f"{mirror.task}: leg {record.number} begins"), record)
+            except (BatonError, OSError) as error:
+                log.debug("no heartbeat: %s", error)
+
+    thread = threading.Thread(target=beat, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        is_over.set()
+        thread.join(timeout=_END_SECONDS)
 
 
 def within(seconds: float, work: Callable[[], None]) -> bool:
