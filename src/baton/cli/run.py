@@ -86,7 +86,8 @@ def run(
     with stopping_is_no_failure(stop):
         target = Target.frozen(plan_or_exp, settings, site, store, patience_until(stop))
     task = task or target.one_task("run")
-    warn_of_a_passing_store(target.root)
+    if target.place.remote is None:
+        warn_of_a_passing_store(target.root)
     runner = TaskRunner(
         plan=target.plan,
         task=target.plan.task(task),
