@@ -1,8 +1,8 @@
-"""Supervised fine-tuning on one GPU: the training loop beside its peers, each in a fresh process.
+"""Supervised fine-tuning on a GPU: the training loop beside its peers, each in a fresh process.
 
-    python bench/gpu_sft.py [lora qlora lora_memory qlora_memory raft
+    python bench/gpu_sft.py [lora_planned lora qlora lora_memory qlora_memory raft
                              raft_memory_1 raft_memory_2 raft_memory_4
-                             reference trl trainer] [--steps 16]
+                             reference trl trainer] [--steps 16] [--gpus 2]
 
 Random weights of the published shape; samples of random tokens with lognormal lengths (median
 230, sigma 0.6, 32 to 1,024), of which a quarter is prompt, or of 4,096 tokens for `raft`
@@ -25,7 +25,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -83,18 +83,22 @@ def question_lengths(count: int) -> np.ndarray[Any, Any]:
 
 @dataclass(frozen=True, kw_only=True)
 class Arm:
-    """One way of training: `batch` samples a step, micro-batches of at most `budget` tokens."""
+    """One way of training: `batch` samples a step, micro-batches of at most `budget` tokens.
+
+    What is None is planned by the loop.
+    """
 
     shape: Mapping[str, Any]
     method: str
     batch: int
-    budget: int
-    recompute: bool = False
+    budget: int | None = None
+    recompute: bool | None = False
     rank: int = 16
     length: int | None = None
 
 
 ARMS = {
+    "lora_planned": Arm(shape=QWEN25_3B, method="lora", batch=96, recompute=None),
     "lora": Arm(shape=QWEN25_3B, method="lora", batch=96, budget=14336),
     "qlora": Arm(shape=QWEN25_3B, method="qlora", batch=96, budget=14336),
     "lora_memory": Arm(shape=QWEN25_3B, method="lora", batch=96, budget=10240, recompute=True),
@@ -121,8 +125,8 @@ def samples(arm: Arm, steps: int) -> Samples:
     return Samples(lengths, arm.shape["vocab_size"])
 
 
-def train(arm: Arm, steps: int) -> dict[str, float]:
-    """The arm through `Loop`, as a task trains."""
+def build(arm: Arm, steps: int, on_progress: Callable[[Mapping[str, Any]], None]) -> Any:
+    """The `Loop` that trains the arm, as in a task; with the folder it writes to."""
     import torch
 
     from baton.handover import StopSignal
@@ -136,15 +140,6 @@ def train(arm: Arm, steps: int) -> dict[str, float]:
     from baton.train.loop import Loop
     from baton.train.loss import CausalLoss
     from baton.train.ranks import Ranks
-
-    marks: dict[int, float] = {}
-    tokens: dict[int, int] = {}
-
-    def mark(values: Mapping[str, Any]) -> None:
-        step = values.get("step")
-        if step in (WARM_STEPS, steps) and step not in marks:
-            torch.cuda.synchronize()
-            marks[step], tokens[step] = time.monotonic(), loop.state.tokens
 
     root = Path(tempfile.mkdtemp())
     task, started = TaskPlan(name="bench", config={}), "2026-01-01T00:00:00Z"
@@ -168,7 +163,7 @@ def train(arm: Arm, steps: int) -> dict[str, float]:
         peers=Alone(),
         check_fence=lambda: None,
         now=lambda: started,
-        on_progress=mark,
+        on_progress=on_progress,
     )
     ranks = Ranks.join()
     config = TrainConfig(
@@ -190,11 +185,9 @@ def train(arm: Arm, steps: int) -> dict[str, float]:
         compute_dtype=torch.bfloat16,
         packed=True,
         seed=0,
-        activation_checkpointing=arm.recompute,
         compiled=is_compiled(config, ranks.device),
     )
-    source = samples(arm, steps)
-    loop = Loop(
+    return Loop(
         leg=leg,
         ranks=ranks,
         config=config,
@@ -205,12 +198,29 @@ def train(arm: Arm, steps: int) -> dict[str, float]:
             compute_dtype=torch.bfloat16,
             compiled=is_compiled(config, ranks.device),
         ),
-        train=source,
+        train=samples(arm, steps),
         dev=Samples(np.empty(0), 1000),
         environment=environment_of(ranks),
     )
+
+
+def train(arm: Arm, steps: int) -> dict[str, float]:
+    """Real tokens a second after the first steps, and the first step's loss and norm."""
+    import torch
+
+    marks: dict[int, float] = {}
+    tokens: dict[int, int] = {}
+
+    def mark(values: Mapping[str, Any]) -> None:
+        step = values.get("step")
+        if step in (WARM_STEPS, steps) and step not in marks:
+            torch.cuda.synchronize()
+            marks[step], tokens[step] = time.monotonic(), loop.state.tokens
+
+    loop = build(arm, steps, mark)
     loop.run()
-    first = json.loads((root / "train/metrics.jsonl").read_text().splitlines()[0])
+    log = loop.leg.folder / "train/metrics.jsonl"
+    first = json.loads(log.read_text().splitlines()[0])
     seconds = marks[steps] - marks[WARM_STEPS]
     return {
         "tokens_per_s": (tokens[steps] - tokens[WARM_STEPS]) / seconds,
@@ -400,12 +410,12 @@ def weights(shape: Mapping[str, Any]) -> Path:
     return folder
 
 
-def run_one(name: str, steps: int) -> None:
+def run_one(name: str, steps: int, gpus: int) -> None:
     import torch
 
     started = time.monotonic()
     if name in ARMS:
-        found = train(ARMS[name], steps)
+        found = train(replace(ARMS[name], batch=ARMS[name].batch * gpus), steps)
     else:
         found = {"reference": reference, "trl": trl, "trainer": trainer}[name](steps)
     found["wall_s"] = time.monotonic() - started
@@ -418,24 +428,44 @@ def main() -> None:
     peers = ["reference", "trl", "trainer"]
     parser.add_argument("arms", nargs="*", default=[*ARMS, *peers])
     parser.add_argument("--steps", type=int, default=16)
+    parser.add_argument("--gpus", type=int, default=1, help="processes; a step grows with them")
     parser.add_argument("--one", action="store_true", help="in this process, for one arm")
     args = parser.parse_args()
     if args.one:
-        run_one(args.arms[0], args.steps)
+        run_one(args.arms[0], args.steps, args.gpus)
         return
-    environment = os.environ | {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
     print(f"{'arm':14} {'tokens/s':>9} {'peak GiB':>9} {'wall s':>7} {'loss':>8} {'norm':>8}")
     for name in args.arms:
-        command = [sys.executable, __file__, name, "--one", "--steps", str(args.steps)]
-        ended = subprocess.run(command, capture_output=True, text=True, env=environment)
-        found = [line for line in ended.stdout.splitlines() if line.startswith("RESULT ")]
-        if ended.returncode or not found:
-            print(f"{name:14} failed: {ended.stderr.strip()[-800:]}", flush=True)
-            continue
-        r = json.loads(found[0].removeprefix("RESULT "))
-        speed = f"{r['tokens_per_s']:9,.0f}" if "tokens_per_s" in r else " " * 9
-        gate = f"{r['loss']:8.4f} {r['grad_norm']:8.4f}" if "loss" in r else ""
-        print(f"{name:14} {speed} {r['peak_gib']:9.1f} {r['wall_s']:7.0f} {gate}", flush=True)
+        for gpus in sorted({1, args.gpus}):
+            print(row(name, args.steps, gpus), flush=True)
+
+
+def row(name: str, steps: int, gpus: int) -> str:
+    """What an arm gave, as a line of the table; `gpus` processes with one GPU each."""
+    command = [sys.executable, __file__, name, "--one", "--steps", str(steps), "--gpus", str(gpus)]
+    shared = os.environ | {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
+    if gpus > 1:
+        shared |= {"WORLD_SIZE": str(gpus), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29511"}
+    running = [
+        subprocess.Popen(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=shared | ({"RANK": str(rank), "LOCAL_RANK": str(rank)} if gpus > 1 else {}),
+        )
+        for rank in range(gpus)
+    ]
+    # The first speaks for all: the loop counts the tokens of every process.
+    first, *_ = [process.communicate() for process in running]
+    label = name if gpus == 1 else f"{name} x{gpus}"
+    found = [line for line in first[0].splitlines() if line.startswith("RESULT ")]
+    if running[0].returncode or not found:
+        return f"{label:14} failed: {first[1].strip()[-800:]}"
+    r = json.loads(found[0].removeprefix("RESULT "))
+    speed = f"{r['tokens_per_s']:9,.0f}" if "tokens_per_s" in r else " " * 9
+    gate = f"{r['loss']:8.4f} {r['grad_norm']:8.4f}" if "loss" in r else ""
+    return f"{label:14} {speed} {r['peak_gib']:9.1f} {r['wall_s']:7.0f} {gate}"
 
 
 if __name__ == "__main__":

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import os
 import shutil
+import tempfile
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 
 from baton.errors import ConfigError
-from baton.store.base import Store, explained
-from baton.store.publish import final_folder
+from baton.store.base import Batch, Store, explained
+from baton.store.card import CARD
+from baton.store.open import open_remote
+from baton.store.publish import EVAL_RECORD, address, card_of, final_folder
 
 # Zip files of the same bytes are the same bytes; this is the oldest date they can hold.
 _DATE = (1980, 1, 1, 0, 0, 0)
@@ -27,9 +30,7 @@ def export(store: Store, out: Path, *, task: str, stages: Sequence[str]) -> list
     """
     final = final_folder(store, stages)
     if final is None:
-        raise ConfigError(
-            f"{task} has no final model yet; train it to the end first: baton submit {task}"
-        )
+        raise ConfigError(_missing(task))
     names = sorted(store.names(final))
     is_zip = out.suffix.lower() == ".zip"
     if not is_zip and out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -51,6 +52,38 @@ def export(store: Store, out: Path, *, task: str, stages: Sequence[str]) -> list
     finally:
         shutil.rmtree(beside, ignore_errors=True)
     return [name.removeprefix(f"{final}/") for name in names]
+
+
+def export_to_hub(store: Store, url: str, *, task: str, stages: Sequence[str]) -> list[str]:
+    """Put the final model of a task into a repository of the Hub, as one commit, with its card.
+
+    `url` is `hf://user/repository`, or a folder in one; a new repository is private unless
+    `?visibility=public` says otherwise. Returns the names of the files.
+
+    Raises:
+        ConfigError: there is no final model yet, or `url` names no repository.
+        StoreRefused: there is no token, or it may not write.
+    """
+    final = final_folder(store, stages)
+    if final is None:
+        raise ConfigError(_missing(task))
+    remote = open_remote(url)
+    with tempfile.TemporaryDirectory(prefix="baton-export-") as folder:
+        writes: dict[str, bytes | Path] = {}
+        for name in sorted(store.names(final)):
+            inside = name.removeprefix(f"{final}/")
+            store.download(name, Path(folder) / inside)
+            writes[inside] = Path(folder) / inside
+        if EVAL_RECORD in set(store.names("eval")):
+            repository, place = address(remote.url)
+            card = card_of(store, final, repository=repository, folder=place)
+            writes[CARD] = card.encode()
+        remote.commit(Batch(message=f"export {task}", writes=writes, urgent=True))
+    return list(writes)
+
+
+def _missing(task: str) -> str:
+    return f"{task} has no final model yet; train it to the end first: baton submit {task}"
 
 
 def _pack(folder: Path, target: Path) -> None:

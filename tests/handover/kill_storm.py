@@ -80,6 +80,8 @@ OTHERS = {
         "grpo.max_steps": "8",
         "grpo.eval_every_steps": "4",
         "grpo.save_every_steps": "3",
+        "grpo.prompts": "4",
+        "grpo.iterations": "1",
         "grpo.batch_samples": "16",
         "grpo.beta": "0.04",
         "grpo.learning_rate": "1e-4",

@@ -230,7 +230,7 @@ def competition(prompt: str) -> str:
     if prompt.startswith("Judge "):
         names = re.search(r"each of (.*?)\.\n", prompt)
         assert names is not None, "the criteria are named"
-        scores = {name: 5 + number % 5 for name in names[1].split(", ")}
+        scores = dict.fromkeys(names[1].split(", "), 5 + number % 5)
         return f"Here it is:\n```json\n{json.dumps(scores)}\n```"
     problem = {
         "problem": f"Compute {number} + {number + 1}.",
@@ -238,6 +238,38 @@ def competition(prompt: str) -> str:
         "solution": f"{number} + {number + 1} = {2 * number + 1}.",
     }
     return json.dumps(problem)
+
+
+_ITEM = re.compile(r"^\[(\d+)\] ", re.MULTILINE)
+
+
+def clara(prompt: str) -> str:
+    """Answers what `baton data clara build` asks: every sentence is a key fact.
+
+    What is written covers one fact less than there are, until the missing ones are asked for; a
+    verification finds what no item says, and items that say what is not in the document.
+    """
+    document = _DOCUMENT.findall(prompt)[0].strip()
+    facts = [text.strip() for text in re.split(r"(?<=[.。])\s+", document) if text.strip()]
+    if prompt.startswith("Below are a document"):
+        body = prompt.partition("<ITEMS>")[2].partition("</ITEMS>")[0]
+        items = [item.strip() for item in _ITEM.split(body)[2::2]]
+        missing = [fact for fact in facts if fact not in body]
+        known = [any(fact in item for fact in facts) for item in items]
+        wrong = [number for number, is_known in enumerate(known, start=1) if not is_known]
+        return json.dumps({"missing": missing, "wrong": wrong}, ensure_ascii=False)
+    asked_again = [fact for fact in facts if f"- {fact}" in prompt]
+    if prompt.startswith("Write the document"):
+        kept = facts if asked_again or len(facts) == 1 else facts[:-1]
+        return json.dumps({"text": " ".join(reversed(kept))}, ensure_ascii=False)
+    wanted = asked_again or (facts if len(facts) == 1 else facts[:-1])
+    kind = "two facts" if "at least two" in prompt else "fact"
+    pairs = [
+        {"question": f"Which {kind} begins with {fact[:24]!r}?", "answer": fact} for fact in wanted
+    ]
+    if not asked_again:
+        pairs.append({"question": "What is not in the document?", "answer": "the moon"})
+    return json.dumps(pairs, ensure_ascii=False)
 
 
 def main() -> None:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
+
+from baton.data.documents import Document
 
 # From the best place to break a text to the worst.
 _BREAKS = tuple(
@@ -37,3 +40,17 @@ def _break(text: str, start: int, room: int) -> int:
         if places:
             return places[-1]
     return end
+
+
+def distinct_chunks(documents: Iterable[Document], *, max_chars: int) -> list[str]:
+    """Every different chunk of the documents, in their order."""
+    chunks: dict[str, str] = {}
+    for document in documents:
+        for chunk in chunks_of(document.text, max_chars=max_chars):
+            chunks.setdefault(same(chunk), chunk)
+    return list(chunks.values())
+
+
+def same(text: str) -> str:
+    """What two texts have in common that differ in white space alone."""
+    return " ".join(text.split())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Annotated
+from typing import Annotated, Literal
 
 from baton.config.decode import at_least, between
 
@@ -21,10 +21,16 @@ class Sampling:
 
 @dataclass(frozen=True, kw_only=True)
 class GenerateConfig:
-    """How answers are generated: greedy unless `sampling` is given."""
+    """How answers are generated: greedy unless `sampling` is given.
+
+    `engine` is how prompts share a model: `padded` answers `batch_size` of them side by side by
+    transformers' own generation; `paged` lets new ones enter as others end, as many as memory
+    allows; `auto` is `paged` on a GPU, except where training is deterministic.
+    """
 
     max_new_tokens: Annotated[int, at_least(1)] = 256
     batch_size: Annotated[int, at_least(1)] = 32
+    engine: Literal["auto", "paged", "padded"] = "auto"
     sampling: Sampling | None = None
 
     def describe(self) -> str:

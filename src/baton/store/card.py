@@ -28,7 +28,8 @@ def model_card(
     """
     model = record.model
     hub_base = model["name"] if model.get("source") == "huggingface" else ""
-    head = ["library_name: peft" if is_adapter else "library_name: transformers"]
+    library = "peft" if is_adapter else "transformers" if loading is None else "baton-jobs"
+    head = [f"library_name: {library}"]
     if hub_base:
         head.append(f"base_model: {json.dumps(hub_base)}")
     head.append(f"tags: [baton, {record.pipeline}]")

@@ -16,6 +16,8 @@ _ADAPTER = "adapter_config.json"
 _MARKER = "task.json"
 # A pipeline whose weights neither transformers nor PEFT load by themselves says here how to.
 LOADING = "LOADING.md"
+# Stands in a card for wherever its reader has put the folder.
+_ANYWHERE = "path/to/this/folder"
 
 
 def final_folder(store: Store, stages: Sequence[str]) -> str | None:
@@ -30,22 +32,32 @@ def final_folder(store: Store, stages: Sequence[str]) -> str | None:
 def publish(local: LocalStore, url: str, stages: Sequence[str]) -> str:
     """Write the card of an evaluated task beside its final weights, and return it.
 
-    `url` is that of the task in the store that people will load it from; `stages` are those
-    that train. Empty when the pipeline leaves no final weights.
+    `url` is that of the task in the store that people will load it from, empty where nobody
+    knows yet; `stages` are those that train. Empty when the pipeline leaves no final weights.
     """
     final = final_folder(local, stages)
     if final is None:
         return ""
-    files = {name.removeprefix(f"{final}/") for name in local.names(final)}
-    record = EvalRecord.from_json(local.read(EVAL_RECORD), where=EVAL_RECORD)
-    found = re.match(r"hf://\w+/([^/]+/[^/?]+)/?([^?]*)", url)
-    repository, folder = (found[1], found[2]) if found else (url, "")
-    card = model_card(
-        record,
-        repository=repository,
-        folder=f"{folder}/{final}".strip("/"),
-        is_adapter=_ADAPTER in files,
-        loading=local.read(f"{final}/{LOADING}").decode() if LOADING in files else None,
-    )
+    repository, folder = address(url) if url else (_ANYWHERE, "")
+    inside = f"{folder}/{final}".strip("/") if url else ""
+    card = card_of(local, final, repository=repository, folder=inside)
     local.write(f"{final}/{CARD}", card.encode())
     return card
+
+
+def address(url: str) -> tuple[str, str]:
+    """Repository and folder of a store's URL; another store is all repository."""
+    found = re.match(r"hf://\w+/([^/]+/[^/?]+)/?([^?]*)", url)
+    return (found[1], found[2].strip("/")) if found else (url, "")
+
+
+def card_of(store: Store, final: str, *, repository: str, folder: str) -> str:
+    """The card of the weights in the folder `final` of an evaluated task."""
+    files = {name.removeprefix(f"{final}/") for name in store.names(final)}
+    return model_card(
+        EvalRecord.from_json(store.read(EVAL_RECORD), where=EVAL_RECORD),
+        repository=repository,
+        folder=folder,
+        is_adapter=_ADAPTER in files,
+        loading=store.read(f"{final}/{LOADING}").decode() if LOADING in files else None,
+    )

@@ -9,7 +9,6 @@ import torch
 from packaging.version import Version
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, PreTrainedModel
-from transformers.masking_utils import AttentionMaskInterface
 
 from baton.errors import ModelError
 
@@ -19,9 +18,8 @@ _TAKES_GQA = Version(torch.__version__) >= Version("2.12")
 
 def register() -> None:
     """Make `attn_implementation="baton_packed"` known to transformers."""
+    # Sample edges travel as lengths: without a function that makes masks, none is ever built.
     AttentionInterface.register(NAME, packed_attention)
-    # Sample edges travel as lengths, so no mask is ever built.
-    AttentionMaskInterface.register(NAME, lambda *args, **kwargs: None)
 
 
 def can_use_varlen(device: torch.device) -> bool:

@@ -87,15 +87,18 @@ class TrainConfig:
     """Everything about training that changes its result, and how often it is saved.
 
     `batch_samples` is the effective batch of one optimizer step over all processes;
-    `tokens_per_micro_batch` only decides how it is cut to fit into memory. `compile` is for GPUs;
+    `tokens_per_micro_batch` only decides how it is cut to fit into memory, and
+    `activation_checkpointing` whether layers make their activations anew in the backward pass;
+    where they are not given, a GPU's memory is measured and the fastest that fits is chosen, and
+    a CPU gets micro-batches of 8,192 tokens. `compile` is for GPUs;
     with `deterministic` nothing is compiled, because a compiler chooses its kernels by timing.
     """
 
     epochs: Annotated[float, between(0, 10_000)] = 3.0
     max_steps: Annotated[int, at_least(1)] | None = None
     batch_samples: Annotated[int, at_least(1)] = 16
-    tokens_per_micro_batch: Annotated[int, at_least(1)] = 8192
-    activation_checkpointing: bool = False
+    tokens_per_micro_batch: Annotated[int, at_least(1)] | None = None
+    activation_checkpointing: bool | None = None
     compile: bool = True
     optimizer: Literal["adamw", "adafactor"] = "adamw"
     learning_rate: Annotated[float, between(0, 10)] = 1e-4

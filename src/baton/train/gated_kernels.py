@@ -10,7 +10,7 @@ _BLOCK = 1024
 
 
 @triton.jit
-def _forward(both, out, width, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def] # noqa: ANN001, ANN202, N803
+def _forward(both, out, width, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < width
@@ -21,7 +21,7 @@ def _forward(both, out, width, BLOCK: tl.constexpr):  # type: ignore[no-untyped-
 
 
 @triton.jit
-def _backward(grad, both, grad_both, out, width, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def] # noqa: ANN001, ANN202, N803
+def _backward(grad, both, grad_both, out, width, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < width

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.util
 import logging
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -24,7 +25,7 @@ log = logging.getLogger(__name__)
 _MOST_COMPILED = 64
 
 
-def layers_of(network: PreTrainedModel) -> list[torch.nn.Module]:
+def layers_of(network: torch.nn.Module) -> list[torch.nn.Module]:
     """The model's repeated layers, in order: the units of compiling and of recomputing."""
     return [m for m in network.modules() if isinstance(m, GradientCheckpointingLayer)]
 
@@ -61,7 +62,7 @@ def compile_layers(network: PreTrainedModel) -> None:
     for layer in layers_of(network):
         layer.forward = _of_any_size(torch.compile(layer.forward))
     # Or the first layer, whose input has no gradient, would need code of its own.
-    network.enable_input_require_grads()
+    _let_inputs_learn(network)
 
 
 def _of_any_size(compiled: Callable[..., Any]) -> Callable[..., Any]:
@@ -84,24 +85,57 @@ def _of_any_size(compiled: Callable[..., Any]) -> Callable[..., Any]:
     return forward
 
 
-def recompute_layers(
-    network: PreTrainedModel,
-    count: int | None = None,
-    *,
-    again: Callable[[], AbstractContextManager[None]] = nullcontext,
-) -> None:
+def recompute_layers(network: torch.nn.Module, count: int | None = None) -> None:
     """Let `count` layers, spread evenly, make their activations anew in the backward pass.
 
-    All of them by default. After `compile_layers`, if both. `again` is called when a layer first
-    runs; the context that it returns is entered when the layer runs again.
+    All of them by default; the others do not, whatever an earlier call said. After
+    `compile_layers`, if both.
     """
     layers = layers_of(network)
     count = len(layers) if count is None else count
     for number, layer in enumerate(layers):
-        if (number + 1) * count // len(layers) > number * count // len(layers):
-            layer.forward = _recomputing(layer.forward, again)
-    # Frozen embeddings would otherwise cut the graph below the first checkpoint.
-    network.enable_input_require_grads()
+        plain = getattr(layer.forward, "recomputes", layer.forward)
+        chosen = (number + 1) * count // len(layers) > number * count // len(layers)
+        if chosen:
+            layer.forward = _recomputing(plain, getattr(layer, "again", nullcontext))
+        elif hasattr(layer.forward, "recomputes"):
+            layer.forward = plain
+    if count:
+        # Frozen embeddings would otherwise cut the graph below the first checkpoint.
+        _let_inputs_learn(network)
+
+
+def recompute_within(
+    network: torch.nn.Module, again: Callable[[], AbstractContextManager[None]]
+) -> None:
+    """Say what must be as it was when a layer runs again; before `recompute_layers`.
+
+    `again` is called when a layer first runs, the context that it returns is entered when the
+    layer runs again: by then another adapter may be at work, for one.
+    """
+    for layer in layers_of(network):
+        layer.again = again
+
+
+@contextlib.contextmanager
+def plain_layers(network: torch.nn.Module) -> Iterator[None]:
+    """Layers neither compiled nor recomputing: generation has a new shape at every token."""
+    changed = [(layer, layer.__dict__.pop("forward", None)) for layer in layers_of(network)]
+    try:
+        yield
+    finally:
+        for layer, forward in changed:
+            if forward is not None:
+                layer.forward = forward
+
+
+def _let_inputs_learn(network: torch.nn.Module) -> None:
+    """What the embeddings of a Hugging Face model say has a gradient, trained or not."""
+    model = next(m for m in network.modules() if isinstance(m, PreTrainedModel))
+    embeddings = model.get_input_embeddings()
+    if not hasattr(embeddings, "learns"):
+        embeddings.learns = True
+        embeddings.register_forward_hook(lambda module, inputs, output: output.requires_grad_(True))
 
 
 def _recomputing(
@@ -116,4 +150,5 @@ def _recomputing(
             return forward(*args, **kwargs)
         return checkpoint(forward, *args, use_reentrant=False, context_fn=contexts, **kwargs)
 
+    recomputed.recomputes = forward  # type: ignore[attr-defined]
     return recomputed

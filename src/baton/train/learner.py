@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from transformers import PreTrainedModel
 from baton.train import adapters
 from baton.train.base import describe, fingerprint, load_model
 from baton.train.config import AdapterConfig, ModelConfig
-from baton.train.layers import compile_layers, recompute_layers
+from baton.train.layers import compile_layers
 from baton.train.stacked import stack_projections
 from baton.train.state import FullWeights, Weights
 
@@ -46,12 +47,11 @@ def build_learner(
     compute_dtype: torch.dtype,
     packed: bool,
     seed: int,
-    activation_checkpointing: bool = False,
     compiled: bool = False,
 ) -> Learner:
     """Load the base and attach what is to learn, ready to train (`packed`) or to generate.
 
-    `activation_checkpointing` and `compiled` are for training.
+    `compiled` is for training.
     """
     network = load_model(
         model,
@@ -67,14 +67,13 @@ def build_learner(
     weights: Weights = FullWeights(network)
     if adapter.method != "full":
         name = describe(model)["name"]
+        if not packed:
+            adapter = dataclasses.replace(adapter, dropout=0.0)
         trained = adapters.attach(network, adapter, base_name=name, seed=seed)
         weights = adapters.AdapterWeights(trained)
-        if packed:
-            stack_projections(trained)
+        stack_projections(trained)
     if compiled:
         compile_layers(network)
-    if activation_checkpointing:
-        recompute_layers(network)
     return Learner(
         network=network,
         model=trained,
@@ -82,16 +81,3 @@ def build_learner(
         base_fingerprint=base,
         compiled=compiled,
     )
-
-
-def share_weights(trained: Learner, other: Learner) -> None:
-    """Let `other`, of the same model, read the weights that `trained` trains; its own are freed.
-
-    What the optimizer does to one in place is done to both. Of a 4-bit base, which is frozen and
-    kept in another form, `other` keeps its own.
-    """
-    weights = dict(trained.model.named_parameters())
-    for name, parameter in other.model.named_parameters():
-        source = weights[name]
-        if type(parameter) is torch.nn.Parameter and parameter.dtype == source.dtype:
-            parameter.data = source.data

@@ -21,6 +21,8 @@ from baton.train.cursor import Cursor, Indices
 from baton.train.devset import DevSet
 from baton.train.journal import Journal
 from baton.train.keeper import Keeper
+from baton.train.layers import layers_of, recompute_layers
+from baton.train.memory import Trials, plan_memory
 from baton.train.metrics import Metrics
 from baton.train.optim import Schedule, build_optimizer, set_learning_rate
 from baton.train.precision import Precision
@@ -28,6 +30,8 @@ from baton.train.ranks import Ranks
 from baton.train.state import Timing, TrainState, Weights
 
 log = logging.getLogger(__name__)
+
+_PLANNED_FROM = 16  # steps whose samples say what memory must hold
 
 
 class DevScore(Protocol):
@@ -136,7 +140,7 @@ class Loop:
         is_known_ahead = self.ranks.device.type == "cuda" and self.maker is None
         self.ahead = Ahead(self._collated) if is_known_ahead else None
         self.state = TrainState(
-            tokens_per_micro_batch=config.tokens_per_micro_batch,
+            tokens_per_micro_batch=config.tokens_per_micro_batch or 0,  # planned by `run`
             identity=self.identity,
             environment=self.environment,
         )
@@ -179,6 +183,9 @@ class Loop:
     def run(self) -> Outcome:
         """Train to the end, or to the next handover."""
         self.state, self.timing = self.keeper.restore(self.state, self.timing)
+        if self.keeper.saved_step is None and not self._plan_memory():
+            return Outcome.HANDED_OVER
+        recompute_layers(self.model, self.state.recompute_layers)
         how = "starting" if self.keeper.saved_step is None else "resumed"
         self.leg.log(how, step=f"{self.state.step}/{self.total}")
         self.journal.report(self.state, self.total)
@@ -218,6 +225,27 @@ class Loop:
     @property
     def last_step(self) -> int:
         return self.total if self.stop_at is None else min(self.stop_at, self.total)
+
+    def _plan_memory(self) -> bool:
+        """Set how large micro-batches are, how many layers recompute; False if urged to stop."""
+        some = [self._indices(step) for step in range(min(_PLANNED_FROM, self.total))]
+        if self.maker is not None:
+            some = some[:1]  # those of later steps are not made yet
+            if self.ranks.agree(not self.maker.make(0, some[0]))[0]:
+                return False
+        trials = Trials(
+            model=self.model,
+            loss=self.loss,
+            precision=self.precision,
+            ranks=self.ranks,
+            batches=self.batches,
+            source=self.train,
+            indices=max(some, key=lambda indices: int(self.train.lengths(indices).sum())),
+        )
+        plan = plan_memory(self.leg, self.folder, self.config, trials, some)
+        self.state.tokens_per_micro_batch = plan.tokens
+        self.state.recompute_layers = plan.recompute_layers
+        return True
 
     # --- one step -----------------------------------------------------------------------
 
@@ -302,17 +330,26 @@ class Loop:
             yield self.batches.collate(self.train, indices[share], budget=budget)
 
     def _shrink_micro_batch(self, least: int) -> None:
-        """Halve the micro-batch after running out of memory; batch and order stay."""
-        was = self.state.tokens_per_micro_batch
+        """Halve the micro-batch after running out of memory; batch and order stay.
+
+        Where that is not enough, all layers recompute, unless the configuration says no.
+        """
+        was, layers = self.state.tokens_per_micro_batch, len(layers_of(self.model))
+        may_recompute = self.config.activation_checkpointing is None
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.ranks.device.type == "cuda":
+            torch.cuda.empty_cache()
+        if was <= least and may_recompute and self.state.recompute_layers < layers:
+            self.state.recompute_layers = layers
+            recompute_layers(self.model)
+            log.warning("out of memory: all %d layers recompute their activations", layers)
+            return
         if was <= least:
             raise ConfigError(
                 f"out of memory with one sample of {least} tokens a micro-batch; set"
                 " train.activation_checkpointing: true, shorten data.max_length, or use a"
                 " smaller model or QLoRA"
             )
-        self.optimizer.zero_grad(set_to_none=True)
-        if self.ranks.device.type == "cuda":
-            torch.cuda.empty_cache()
         self.state.tokens_per_micro_batch = was // 2
         log.warning(
             "out of memory: micro-batches of %d tokens instead of %d; batch and order unchanged",

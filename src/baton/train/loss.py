@@ -8,8 +8,11 @@ import torch
 
 from baton.train.batch import PackedBatch
 
-# 1,024 rows of a 152k vocabulary are 0.6 GB of fp32 logits: the most that exists at once.
-_CHUNK_TOKENS = 1024
+# So many logits exist at once: 0.5 GB in float32, 880 rows of a vocabulary of 152k.
+_CHUNK_LOGITS = 1 << 27
+_LEAST_CHUNK = 1024
+# Tensor cores take rows of a multiple of 8 only; the largest tiles are 128 wide.
+_WIDTHS = 128
 # In fp16 a softmax probability of 1e-6 is a denormal; scaled by this it is not.
 _FP16_SCALE = 1024.0
 # Attributes by which configurations say that logits are more than one matrix product.
@@ -117,6 +120,14 @@ def _cross_entropy(
 _compiled_cross_entropy = torch.compile(_cross_entropy, dynamic=True)
 
 
+def _product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """`a @ b` in float32: a sum over a chunk of scaled values leaves fp16's range."""
+    if a.device.type == "cuda" and a.dtype != torch.float32:
+        return torch.mm(a, b, out_dtype=torch.float32)
+    wide = torch.float32 if a.dtype == torch.float16 else a.dtype
+    return (a.to(wide) @ b.to(wide)).float()
+
+
 class _LinearCrossEntropy(torch.autograd.Function):  # type: ignore[misc]
     @staticmethod
     def forward(
@@ -130,14 +141,19 @@ class _LinearCrossEntropy(torch.autograd.Function):  # type: ignore[misc]
         cross_entropy = _compiled_cross_entropy if compiled else _cross_entropy
         with torch.autocast(hidden.device.type, enabled=False):
             h, w = hidden.to(dtype), weight.to(dtype)
+            vocabulary = w.shape[0]
+            if w.device.type == "cuda" and vocabulary % 8:
+                w = torch.nn.functional.pad(w, (0, 0, 0, -vocabulary % _WIDTHS))
             need_h, need_w = ctx.needs_input_grad[:2]
             scale = _FP16_SCALE if dtype == torch.float16 else 1.0
             grad_h = torch.empty_like(h, dtype=torch.float32) if need_h else None
             grad_w = torch.zeros_like(w, dtype=torch.float32) if need_w else None
             total = torch.zeros((), dtype=torch.float32, device=h.device)
-            for start in range(0, len(labels), _CHUNK_TOKENS):
-                span = slice(start, start + _CHUNK_TOKENS)
+            chunk = max(_LEAST_CHUNK, _CHUNK_LOGITS // len(w))
+            for start in range(0, len(labels), chunk):
+                span = slice(start, start + chunk)
                 logits, label = h[span] @ w.T, labels[span]
+                logits[:, vocabulary:] = -torch.inf
                 if grad_h is None and grad_w is None:
                     total += torch.nn.functional.cross_entropy(
                         logits.float(), label, reduction="sum"
@@ -148,10 +164,8 @@ class _LinearCrossEntropy(torch.autograd.Function):  # type: ignore[misc]
                 if grad_h is not None:
                     grad_h[span] = (grad @ w).float() / scale
                 if grad_w is not None:
-                    # A sum over a chunk of scaled values leaves fp16's range.
-                    wide = torch.float32 if dtype == torch.float16 else dtype
-                    grad_w += (grad.T.to(wide) @ h[span].to(wide)).float() / scale
-        ctx.save_for_backward(grad_h, grad_w)
+                    grad_w += _product(grad.T, h[span]) / scale
+        ctx.save_for_backward(grad_h, None if grad_w is None else grad_w[:vocabulary])
         ctx.dtypes = hidden.dtype, weight.dtype
         return total
 

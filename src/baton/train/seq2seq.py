@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +11,7 @@ from numpy.typing import NDArray
 
 from baton.train.batch import TokenSource
 from baton.train.cursor import Indices
+from baton.train.layers import layers_of, plain_layers
 from baton.train.loss import linear_cross_entropy
 
 # Shapes times kinds of blocks; torch gives up compiling after 8 unless told otherwise.
@@ -146,7 +145,7 @@ class Seq2SeqLoss:
         """
         if torch.is_grad_enabled():
             return self._of(batch)
-        with uncompiled(self.network):
+        with plain_layers(self.network):
             return self._of(batch)
 
     def _of(self, batch: PairBatch) -> torch.Tensor:
@@ -171,21 +170,5 @@ class Seq2SeqLoss:
 def compile_blocks(network: Any, **options: Any) -> None:
     """Compile every block of encoder and decoder at its first call; those alike share the code."""
     torch._dynamo.config.recompile_limit = _MOST_COMPILED
-    for block in _blocks(network):
+    for block in layers_of(network):
         block.forward = torch.compile(block.forward, **options)
-
-
-@contextmanager
-def uncompiled(network: Any) -> Iterator[None]:
-    """Blocks as they were before `compile_blocks`: generation has a new shape at every token."""
-    compiled = [(block, block.__dict__.pop("forward", None)) for block in _blocks(network)]
-    try:
-        yield
-    finally:
-        for block, forward in compiled:
-            if forward is not None:
-                block.forward = forward
-
-
-def _blocks(network: Any) -> Sequence[Any]:
-    return [*network.encoder.block, *network.decoder.block]

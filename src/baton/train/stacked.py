@@ -9,8 +9,9 @@ know of this.
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -47,6 +48,24 @@ def stack_projections(model: PeftModel) -> int:
             count += len(members)
         _take_gate(parent)
     return count
+
+
+@contextlib.contextmanager
+def adapters_held(model: torch.nn.Module) -> Iterator[None]:
+    """While weights do not change: stacked adapters are put together once, not at every pass.
+
+    They lie where they lay the last time, so a CUDA graph that reads them stays valid.
+    """
+    modules = [getattr(module, "stack", None) for module in model.modules()]
+    stacks = {id(stack): stack for stack in modules if isinstance(stack, _Stack)}
+    with torch.no_grad():
+        for stack in stacks.values():
+            stack.hold()
+    try:
+        yield
+    finally:
+        for stack in stacks.values():
+            stack.holds = False
 
 
 def _take_gate(mlp: Any) -> None:
@@ -115,6 +134,8 @@ class _Stack:
             self.dtype = dense.dtype
         self.input: torch.Tensor | None = None
         self.outputs: tuple[torch.Tensor, ...] = ()
+        self.held: tuple[torch.Tensor, torch.Tensor] | None = None
+        self.holds = False
         for number, member in enumerate(members):
             kind: Any = type(member)
             member.__class__ = _class_with(kind, "Stacked", _member_forward)
@@ -132,10 +153,23 @@ class _Stack:
 
     def adapter(self) -> tuple[torch.Tensor, torch.Tensor]:
         """The members' A below each other, and their B, scaled, as one block diagonal."""
+        if self.holds:
+            assert self.held is not None
+            return self.held
         a = torch.cat([m.lora_A["default"].weight for m in self.members])
         parts = [m.lora_B["default"].weight * m.scaling["default"] for m in self.members]
         b = parts[0] if len(parts) == 1 else torch.block_diag(*parts)
         return a.to(self.dtype), b.to(self.dtype)
+
+    def hold(self) -> None:
+        """Compute the adapter once, into the same memory each time, and keep to it."""
+        self.holds = False
+        fresh = self.adapter()
+        if self.held is None:
+            self.held = fresh[0].clone(), fresh[1].clone()
+        for kept, value in zip(self.held, fresh, strict=True):
+            kept.copy_(value)
+        self.holds = True
 
     def compute(self, x: torch.Tensor) -> torch.Tensor:
         """What all members make of `x`, side by side in the last dimension."""

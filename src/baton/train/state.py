@@ -40,7 +40,8 @@ class TrainState:
         dev_pending: the evaluation due at `step` was cut off by a handover.
         window: `[loss, gradient norm]` of the steps since the last logged one.
         figures: what else those steps noted, by name.
-        tokens_per_micro_batch: smaller than configured after running out of memory.
+        tokens_per_micro_batch: smaller than planned after running out of memory.
+        recompute_layers: how many make their activations anew.
         identity: what must not change between legs.
         environment: what may change, but is said when it does.
     """
@@ -54,6 +55,7 @@ class TrainState:
     window: list[list[float]] = field(default_factory=list)
     figures: dict[str, list[float]] = field(default_factory=dict)
     tokens_per_micro_batch: int
+    recompute_layers: int = 0
     scaler: dict[str, float] | None = None
     identity: dict[str, str] = field(default_factory=dict)
     environment: dict[str, str] = field(default_factory=dict)

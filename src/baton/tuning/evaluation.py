@@ -14,8 +14,9 @@ import torch
 
 from baton.config.decode import decode, encode
 from baton.errors import DamagedError
-from baton.eval.generate import Answers, generate
+from baton.eval.generate import Answers
 from baton.eval.score import ScoreSheet
+from baton.generation.answer import answer_batches
 from baton.record import (
     EvalRecord,
     GenerationFigures,
@@ -68,8 +69,10 @@ class Exam:
         ends: tokens that end an answer besides the model's own.
         score: from the answers, in the order of the questions.
         model: who answers; the task's chat model unless given.
-        answer: how it answers a batch of prompts; see `generate`.
+        answer: how it answers a batch of prompts, where that is not as any chat model does; see
+            `generate`.
         stage: the one whose best checkpoint answers.
+        before: stages that trained before it and do not answer; curves show them end to end.
         curves: figures of logged steps that reports show beside the loss.
     """
 
@@ -77,8 +80,9 @@ class Exam:
     ends: Sequence[int]
     score: Callable[[Sequence[str]], ScoreSheet]
     model: Model | None = None
-    answer: Callable[..., Answers | None] = generate
+    answer: Callable[..., Answers | None] | None = None
     stage: str = TRAIN
+    before: Sequence[str] = ()
     curves: Sequence[str] = ()
 
     def stage_of(self, question: Question) -> str:
@@ -155,20 +159,21 @@ def _answer(
     tokenizer = model.tokenizer()
     total = len(shards)
     answered = sum(shard_name(i) in leg.store.names(f"{FOLDER}/shards") for i in range(total))
+    # Every stage draws alike: what differs between their answers is not the luck of the draw.
     stages = [exam.stage_of(shard[0]) for shard in shards]
     first = stages.index(stages[mine[0]])
-    for number in mine:
-        answers = exam.answer(
-            learner.model,
-            tokenizer,
-            [question.prompt for question in shards[number]],
-            config.eval.generate,
-            ends=exam.ends,
-            seed=number - first,
-            should_stop=lambda: leg.stop.is_set,
-        )
-        if answers is None:
-            return
+    batches = answer_batches(
+        learner.model,
+        tokenizer,
+        {i - first: [question.prompt for question in shards[i]] for i in mine},
+        config.eval.generate,
+        ends=exam.ends,
+        exact=config.train.deterministic,
+        should_stop=lambda: leg.stop.is_set,
+        answer=exam.answer,
+    )
+    for place, answers in batches:
+        number = first + place
         peak = torch.cuda.max_memory_allocated() if ranks.device.type == "cuda" else None
         shard = {
             "rows": [question.number for question in shards[number]],
@@ -199,7 +204,7 @@ def _score(leg: Leg, ranks: Ranks, exam: Exam, shards: int, best_step: int) -> N
     sheet = exam.score(predictions)
     _write_predictions(leg, questions, predictions, notes, sheet)
     report = read_report(leg)
-    curve = _curve(leg, exam.stages)
+    curve = _curve(leg, (*exam.before, *exam.stages))
     record = EvalRecord(
         notice=leg.notice,
         experiment=leg.plan.experiment,

@@ -122,6 +122,5 @@ class TaskModel:
             compute_dtype=Precision.choose(config.train.precision, device).dtype,
             packed=packed,
             seed=config.train.seed,
-            activation_checkpointing=packed and config.train.activation_checkpointing,
             compiled=packed and is_compiled(config.train, device),
         )

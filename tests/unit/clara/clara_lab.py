@@ -16,6 +16,7 @@ from baton.pipelines.clara.model import ClaraLearner, build
 from baton.pipelines.clara.prompt import Prompter
 from baton.train.base import train_tokenizer
 from baton.train.config import AdapterConfig, PathModel
+from baton.train.layers import recompute_layers
 
 TEXTS = [
     "Arden lies on the river Wye. It was founded in 1250.",
@@ -107,8 +108,9 @@ def learner(base):
             device=torch.device("cpu"),
             compute_dtype=torch.float32,
             seed=seed,
-            activation_checkpointing=checkpointing,
         )
+        if checkpointing:
+            recompute_layers(made.network)
         generator = torch.Generator().manual_seed(1)
         for name, parameter in made.model.named_parameters():
             if "lora_B" in name:
@@ -143,9 +145,7 @@ def source_of(learner: ClaraLearner, asks, *, queries: bool) -> ClaraSource:
     prompter = Prompter(learner.vocabulary)
     said = [(*prompter.question(q, len(d) if not queries else 2), a) for q, a, d in asks]
     source = ClaraSource.__new__(ClaraSource)
-    source.turns = MemoryFile(
-        [(e.tokens, e.prompt) for e in prompter.encode(said, max_length=400)]
-    )
+    source.turns = MemoryFile([(e.tokens, e.prompt) for e in prompter.encode(said, max_length=400)])
     source.lists = MemoryFile([(list(d), 0) for _, _, d in asks])
     ids = learner.vocabulary.encoder_ids(TEXTS)
     source.documents = MemoryFile([(i, len(i)) for i in ids])

@@ -7,6 +7,6 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from clara_lab import _one_thread, base, learner  # noqa: E402
+from clara_lab import _one_thread, base, learner
 
 __all__ = ["_one_thread", "base", "learner"]

@@ -10,8 +10,7 @@ import torch
 from clara_lab import QUESTIONS, TEXTS, batching_of, source_of
 from torch.nn.functional import cosine_similarity, cross_entropy
 
-from baton.pipelines.clara.config import Stage1, Stage2, Stage3
-from baton.pipelines.clara.config import ClaraTrain, Stage3Train
+from baton.pipelines.clara.config import ClaraTrain, Stage1, Stage2, Stage3, Stage3Train
 from baton.pipelines.clara.losses import ReadingLoss, RetrievalLoss
 from baton.pipelines.clara.model import DECODER, ENCODER, REASONER
 from baton.pipelines.clara.prompt import Prompter
@@ -263,9 +262,7 @@ def test_recomputed_activations_give_the_same_gradients_with_dropout_on(learner,
             loss = ReadingLoss(model, Stage2(top_k=2), compute_dtype=FP32)
             source = source_of(model, ASKS, queries=False)
         else:
-            loss = RetrievalLoss(
-                model, Stage3(top_k=2, train=Stage3Train()), compute_dtype=FP32
-            )
+            loss = RetrievalLoss(model, Stage3(top_k=2, train=Stage3Train()), compute_dtype=FP32)
             source = source_of(model, CANDIDATES, queries=True)
         torch.manual_seed(5)
         found.append(by_micro_batches(model, loss, source, size=5, share=stage == "stage3"))

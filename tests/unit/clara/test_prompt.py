@@ -45,14 +45,16 @@ def whole(prompter: Prompter, row, documents: int) -> tuple[str, str]:
     """What the row's tokens say: the prompt, and what is learnt."""
     [turn] = prompter.encode([prompter.messages(row, documents=documents, seed=1)], max_length=999)
     tokenizer = prompter.tokenizer
-    return tokenizer.decode(turn.tokens[: turn.prompt]), tokenizer.decode(turn.tokens[turn.prompt :])
+    return tokenizer.decode(turn.tokens[: turn.prompt]), tokenizer.decode(
+        turn.tokens[turn.prompt :]
+    )
 
 
 def test_stage_1_asks_for_all_pairs_of_a_row(prompter):
     assert whole(prompter(), SAY, 1) == (
-        "<|im_start|>system\nYou are a helpful assistant. Given a document, your task is to generate"
-        " some single questions to cover all key information of the document and answer them"
-        f" sequentially.<|im_end|>\n<|im_start|>user\nBackground:\n{SLOT}<|im_end|>\n"
+        "<|im_start|>system\nYou are a helpful assistant. Given a document, your task is to"
+        " generate some single questions to cover all key information of the document and answer"
+        f" them sequentially.<|im_end|>\n<|im_start|>user\nBackground:\n{SLOT}<|im_end|>\n"
         "<|im_start|>assistant\n",
         "Question: Who?\nAnswer: Nobody.\nQuestion: When?\nAnswer: In 1250<|im_end|>\n",
     )
@@ -84,13 +86,13 @@ def test_thinking_is_switched_off(prompter):
     template = (
         "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>{% endfor %}"
         "{% if add_generation_prompt %}<|im_start|>assistant\n"
-        "{% if enable_thinking is defined and not enable_thinking %}NO THOUGHT{% endif %}{% endif %}"
+        "{% if enable_thinking is false %}NO THOUGHT{% endif %}{% endif %}"
     )
     said = prompter(template)
     # What opens a turn to be answered is not what a finished one has: the finished one decides.
     assert said.prompt_text("s", "u").endswith("<|im_start|>assistant\n")
-    always = template.replace("{{ m.content }}", "{% if m.role == 'assistant' and enable_thinking is"
-                              " defined and not enable_thinking %}NO THOUGHT{% endif %}{{ m.content }}")  # fmt: skip
+    empty = "{% if m.role == 'assistant' and enable_thinking is false %}NO THOUGHT{% endif %}"
+    always = template.replace("{{ m.content }}", empty + "{{ m.content }}")
     assert prompter(always).prompt_text("s", "u").endswith("assistant\nNO THOUGHT")
 
 

@@ -84,7 +84,9 @@ def test_the_gradient_is_that_of_the_soft_choice_taken_numerically(upstream):
         assert float(scores.grad[i]) == pytest.approx(numeric, rel=2e-3, abs=2e-3)
 
 
-@pytest.mark.parametrize(("gap", "is_back"), [(0.30, False), (0.36, False), (0.38, True), (0.9, True)])
+@pytest.mark.parametrize(
+    ("gap", "is_back"), [(0.30, False), (0.36, False), (0.38, True), (0.9, True)]
+)
 def test_upstreams_mask_lets_a_taken_document_back_in_beyond_a_gap(gap, is_back):
     scores = torch.tensor([gap, 0.0])
     ours = soft_choices(scores, torch.tensor([0, 1]), temperature=T)

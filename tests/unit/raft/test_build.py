@@ -16,10 +16,11 @@ from pathlib import Path
 import pytest
 import teacher as far_end
 
+from baton.data.chunks import distinct_chunks
 from baton.data.documents import Document
 from baton.data.teacher import Teacher, TeacherConfig
 from baton.errors import DataError
-from baton.pipelines.raft.build import Recipe, build, chunk_documents
+from baton.pipelines.raft.build import Recipe, build
 from baton.pipelines.raft.check import check
 from baton.pipelines.raft.format import load_format
 from baton.pipelines.raft.rows import read
@@ -80,7 +81,7 @@ def test_rows_have_oracle_distractors_and_both_answers(make, tmp_path: Path) -> 
 
 def test_chunks_of_several_documents_are_taken_once() -> None:
     documents = [Document("a", "Same text.\n\nOther  text."), Document("b", "Same   text.")]
-    assert chunk_documents(documents, max_chars=15) == ["Same text.", "Other  text."]
+    assert distinct_chunks(documents, max_chars=15) == ["Same text.", "Other  text."]
 
 
 def test_a_chunk_without_questions_makes_no_rows_and_is_not_asked_for_ever(make) -> None:

@@ -8,10 +8,11 @@ from collections import Counter
 
 import pytest
 
+from baton.data.chunks import same
 from baton.pipelines.raft.config import RaftData
 from baton.pipelines.raft.draw import Draw
 from baton.pipelines.raft.format import load_format
-from baton.pipelines.raft.rows import Row, same
+from baton.pipelines.raft.rows import Row
 
 MEDICAL, BERKELEY = load_format("medical"), load_format("berkeley")
 ROWS = 10_000

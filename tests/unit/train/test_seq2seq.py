@@ -15,9 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from baton.stage import Outcome
+from baton.train.layers import plain_layers
 from baton.train.loop import ReadAhead
 from baton.train.metrics import read_lines
-from baton.train.seq2seq import Seq2SeqLoss, compile_blocks, uncompiled
+from baton.train.seq2seq import Seq2SeqLoss, compile_blocks
 
 
 @pytest.fixture(scope="session")
@@ -108,7 +109,7 @@ def test_compiled_blocks_compute_the_same_and_are_set_aside_for_generation(t5):
     assert torch.equal(net(input_ids=ids, labels=ids).loss, plain)
     blocks = [*net.encoder.block, *net.decoder.block]
     assert all("forward" in block.__dict__ for block in blocks)
-    with uncompiled(net):
+    with plain_layers(net):
         assert not any("forward" in block.__dict__ for block in blocks)
         assert torch.equal(net(input_ids=ids, labels=ids).loss, plain)
     assert all("forward" in block.__dict__ for block in blocks)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import click
 
-from baton.errors import ConfigError, DataError, ExitStatus
+from baton.cli.data.teacher import open_teacher, say_usage, teacher_options
+from baton.errors import DataError, ExitStatus
 
 FORMAT = click.option(
     "--format",
@@ -64,14 +66,7 @@ def check(file: Path, format_name: str) -> None:
 @raft.command()
 @click.argument("documents", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="JSONL of rows.")
-@click.option("--teacher-url", required=True, help="Any OpenAI-compatible API, up to /v1.")
-@click.option("--teacher-model", required=True)
-@click.option(
-    "--key-variable",
-    default="OPENAI_API_KEY",
-    show_default=True,
-    help="The environment variable that holds the key.",
-)
+@teacher_options(required=True)
 @FORMAT
 @click.option("--field", default="text", show_default=True, help="Of JSON rows: the document.")
 @click.option("--chunk-chars", type=click.IntRange(50), default=2000, show_default=True)
@@ -84,20 +79,9 @@ def check(file: Path, format_name: str) -> None:
     help="Also ask for an answer without the oracle, so that training may choose any p.",
 )
 @click.option("--seed", default=42, show_default=True)
-@click.option("--parallel", type=click.IntRange(1), default=4, show_default=True)
-@click.option("--temperature", type=float, default=0.0, show_default=True)
-@click.option("--max-tokens", type=click.IntRange(1), default=2048, show_default=True)
-@click.option("--timeout", type=float, default=120.0, show_default=True, help="Seconds.")
-@click.option("--attempts", type=click.IntRange(1), default=8, show_default=True)
-@click.option("--price-in", type=float, help="Of a million prompt tokens.")
-@click.option("--price-out", type=float, help="Of a million answer tokens.")
-@click.option("--cache", type=click.Path(path_type=Path), help="Default: OUT.replies.")
 def build(
     documents: tuple[Path, ...],
     out: Path,
-    teacher_url: str,
-    teacher_model: str,
-    key_variable: str,
     format_name: str,
     field: str,
     chunk_chars: int,
@@ -105,44 +89,22 @@ def build(
     distractors: int,
     absent: bool,
     seed: int,
-    parallel: int,
-    temperature: float,
-    max_tokens: int,
-    timeout: float,
-    attempts: int,
-    price_in: float | None,
-    price_out: float | None,
-    cache: Path | None,
+    **teacher_settings: Any,
 ) -> None:
     """Have a teacher write rows from documents: text, Markdown, PDF, docx, JSON rows, folders.
 
     May be stopped and started at will: what the teacher answered is kept beside OUT and not
     asked again.
     """
+    from baton.data.chunks import distinct_chunks
     from baton.data.documents import read_documents
-    from baton.data.teacher import Teacher, TeacherConfig
     from baton.pipelines.raft import build as building
     from baton.pipelines.raft.format import load_format
 
-    try:
-        config = TeacherConfig(
-            url=teacher_url,
-            model=teacher_model,
-            key_variable=key_variable,
-            temperature=temperature,
-            max_tokens=max_tokens,
-            attempts=attempts,
-            timeout_seconds=timeout,
-            parallel=parallel,
-            price_in=price_in,
-            price_out=price_out,
-        )
-    except ValueError as error:
-        raise ConfigError(f"the teacher: {error}") from error
     format = load_format(format_name)
-    chunks = building.chunk_documents(read_documents(documents, field=field), max_chars=chunk_chars)
+    chunks = distinct_chunks(read_documents(documents, field=field), max_chars=chunk_chars)
     click.echo(f"{len(chunks):,} different chunks of at most {chunk_chars:,} characters")
-    teacher = Teacher(config, cache or out.with_name(f"{out.name}.replies"))
+    teacher = open_teacher(out, **teacher_settings)
     recipe = building.Recipe(
         chunk_chars=chunk_chars,
         questions=questions,
@@ -160,12 +122,6 @@ def build(
         f"wrote {out}: {tally.rows:,} rows from {tally.chunks:,} chunks"
         f" ({tally.chunks_without_questions:,} without a question); dropped: {dropped}"
     )
-    usage = teacher.usage
-    cost = usage.cost(config)
-    click.echo(
-        f"asked {usage.asked:,} times ({usage.retried:,} retries), {usage.cached:,} replies were"
-        f" there already; {usage.prompt_tokens:,} tokens in, {usage.completion_tokens:,} out"
-        + ("" if cost is None else f", cost {cost:.4f}")
-    )
+    say_usage(teacher)
     if not tally.rows:
         raise DataError(f"{out}: no row could be made; see {out}.rejects.jsonl")

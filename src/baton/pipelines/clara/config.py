@@ -201,6 +201,11 @@ class Clara:
             generate = replace(self.eval.generate, max_new_tokens=tokens)
             object.__setattr__(self, "eval", replace(self.eval, generate=generate))
 
+    @property
+    def train(self) -> TrainConfig:
+        """How the last stage trains."""
+        return self.stage(self.until).train
+
     def stage(self, name: StageName) -> StageConfig:
         """The part of the configuration that belongs to a stage."""
         found: StageConfig = getattr(self, name)

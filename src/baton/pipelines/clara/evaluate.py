@@ -52,6 +52,7 @@ def evaluate(leg: Leg) -> Outcome:
         model=examinee,
         answer=examinee.answer,
         stage=config.until,
+        before=config.trained[:-1],
     )
     outcome = hold(leg, exam)
     if outcome is Outcome.FINISHED and leg.is_first:

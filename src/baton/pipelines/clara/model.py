@@ -20,7 +20,7 @@ from baton.train import adapters
 from baton.train.adapters import AdapterWeights
 from baton.train.base import describe, fingerprint, load_model
 from baton.train.config import AdapterConfig, ModelConfig
-from baton.train.layers import compile_layers, recompute_layers
+from baton.train.layers import compile_layers, recompute_within
 from baton.train.learner import Learner
 from baton.train.state import save_tensors
 
@@ -145,7 +145,6 @@ def build(
     device: torch.device,
     compute_dtype: torch.dtype,
     seed: int,
-    activation_checkpointing: bool = False,
     compiled: bool = False,
 ) -> ClaraLearner:
     """Load the base, add tokens to `tokenizer` and rows for them, attach the roles of a stage.
@@ -161,11 +160,32 @@ def build(
         compute_dtype=compute_dtype,
         packed=True,
     )
-    base = fingerprint(network)
     vocabulary = Vocabulary.extend(tokenizer, vectors=vectors, encoder_tokens=encoder_tokens)
+    return assemble(
+        network,
+        adapter,
+        vocabulary,
+        stage=stage,
+        base_name=describe(model)["name"],
+        seed=seed,
+        compiled=compiled,
+    )
+
+
+def assemble(
+    network: Any,
+    adapter: AdapterConfig,
+    vocabulary: Vocabulary,
+    *,
+    stage: str,
+    base_name: str,
+    seed: int,
+    compiled: bool = False,
+) -> ClaraLearner:
+    """Add rows and the roles of a stage to a loaded base."""
+    base = fingerprint(network)
     embedding = add_rows(network, vocabulary, seed=seed)
-    name = describe(model)["name"]
-    trained = adapters.attach(network, adapter, base_name=name, seed=seed, names=ROLES[stage])
+    trained = adapters.attach(network, adapter, base_name=base_name, seed=seed, names=ROLES[stage])
     roles = Roles(trained)
     learner = ClaraLearner(
         network=network,
@@ -182,10 +202,9 @@ def build(
     for role in LEARNS[stage]:
         for parameter in learner.parameters_of(role):
             parameter.requires_grad_(True)
+    recompute_within(network, roles.again)
     if compiled:
         compile_layers(network)
-    if activation_checkpointing:
-        recompute_layers(network, again=roles.again)
     return learner
 
 

@@ -82,7 +82,6 @@ class StageModel:
             device=device,
             compute_dtype=Precision.choose(train.precision, device).dtype,
             seed=train.seed,
-            activation_checkpointing=packed and train.activation_checkpointing,
             compiled=packed and is_compiled(train, device),
         )
 

@@ -264,6 +264,11 @@ class QuestionsGen:
         )
     )
 
+    @property
+    def train(self) -> TrainConfig:
+        """That of the last stage, which evaluation goes by."""
+        return self.distill
+
     def view(self, train: TrainConfig) -> StageView:
         """The configuration with `train` as that of its training."""
         return StageView(model=self.model, adapter=self.adapter, train=train, eval=self.eval)

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from baton.data.tokenise import ChatEncoder, TokenFile
-from baton.eval.sample import sample
+from baton.generation.sample import Sampler
 from baton.pipelines.questions_gen.config import QuestionsGen
 from baton.pipelines.questions_gen.data import read_part
 from baton.pipelines.questions_gen.grpo_loss import GrpoLoss
@@ -29,7 +29,7 @@ from baton.train.batching import Packed, pad_multiple
 from baton.train.config import TrainConfig
 from baton.train.cursor import Indices
 from baton.train.environment import environment_of, make_deterministic
-from baton.train.learner import Learner, share_weights
+from baton.train.learner import Learner
 from baton.train.logprobs import TokenLogprobs
 from baton.train.loop import Loop
 from baton.train.loss import CausalLoss
@@ -41,6 +41,8 @@ from baton.tuning.training import read_report, run
 
 SFT, GRPO, DISTILL = "sft", "grpo", "distill"
 STAGES = (SFT, GRPO, DISTILL)
+# Of a pass that keeps no activations.
+_FORWARD_TOKENS = 8192
 
 
 def train_sft(leg: Leg) -> Outcome:
@@ -86,6 +88,23 @@ def load_best(leg: Leg, learner: Learner, stage: str, ranks: Ranks) -> int:
     return step
 
 
+def sampler_of(
+    learner: Learner, tokenizer: Any, config: QuestionsGen, *, max_new_tokens: int, **options: Any
+) -> Sampler:
+    """What draws problems from a model, at GRPO's temperature."""
+    encoder = ChatEncoder(tokenizer, system=None, max_length=config.data.max_length)
+    end = encoder.end_of_turn
+    return Sampler(
+        model=learner.model,
+        sampling=config.grpo.sampling,
+        most_tokens=config.data.max_length,
+        max_new_tokens=max_new_tokens,
+        ends=[end],
+        pad=end if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
+        **options,
+    )
+
+
 def _train(leg: Leg, stage: str) -> Outcome:
     config: QuestionsGen = leg.config
     trainee = Trainee(leg, stage)
@@ -113,14 +132,20 @@ class Trainee:
         if before:
             step = load_best(leg, self.learner, STAGES[before - 1], self.ranks)
             self.begin = f"{STAGES[before - 1]} {step}"
-        # What generates is the same weights under an attention that knows of a cache.
-        self.writer = self.model.learner(self.ranks.device, packed=False)
-        share_weights(self.learner, self.writer)
-        self.writer.model.eval()
         self.tokenizer = self.model.tokenizer()
         self.precision = Precision.choose(self.train.precision, self.ranks.device)
         self.dtype = self.precision.dtype
         self.report = read_report(leg)
+        grpo = self.config.grpo
+        self.sampler = sampler_of(
+            self.learner,
+            self.tokenizer,
+            self.config,
+            max_new_tokens=grpo.max_new_tokens,
+            rows=grpo.sample_batch,
+            exact=self.train.deterministic,
+            keeps=stage == GRPO,
+        )
 
     def loop(self, *, stop_at: int | None = None) -> Loop:
         learner = self.learner
@@ -183,7 +208,7 @@ class Trainee:
             self.ranks,
             stage=self.stage,
             stages_before=STAGES[: STAGES.index(self.stage)],
-            network=self.writer.model,
+            sampler=self.sampler,
             tokenizer=self.tokenizer,
             encoder=self._encoder(),
         )
@@ -214,20 +239,13 @@ class Trainee:
         config = self.config.grpo
         encoder, tokenizer = self._encoder(), self.tokenizer
         room = self.config.data.max_length - config.max_new_tokens
-        end = encoder.end_of_turn
         reference = Reference(self.learner.model) if config.beta else None
 
         def draw(prompts: list[list[int]], count: int, seeds: list[int]) -> list[list[int]] | None:
-            return sample(
-                self.writer.model,
+            return self.sampler.draw(
                 prompts,
                 count=count,
                 seeds=seeds,
-                sampling=config.sampling,
-                max_new_tokens=config.max_new_tokens,
-                ends=[end],
-                pad=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else end,
-                batch_size=config.sample_batch,
                 should_stop=lambda: self.leg.stop.is_urgent,
             )
 
@@ -254,7 +272,7 @@ class Trainee:
         self, logprobs: Callable[[Any], torch.Tensor], source: TokenSource, indices: Indices
     ) -> list[np.ndarray[Any, Any]]:
         """Log-probabilities of each sample's labels, through the very forward that trains."""
-        packed, budget = self._packed(), self.train.tokens_per_micro_batch
+        packed, budget = self._packed(), self.train.tokens_per_micro_batch or _FORWARD_TOKENS
         found: dict[int, np.ndarray[Any, Any]] = {}
         self.learner.model.eval()
         [share] = packed.cut(source, indices, ranks=1, budget=budget)

@@ -11,8 +11,7 @@ import numpy as np
 
 from baton.data.tokenise import ChatEncoder
 from baton.errors import CollapsedError
-from baton.eval.config import Sampling
-from baton.eval.sample import sample
+from baton.generation.sample import Sampler
 from baton.pipelines.questions_gen.config import QuestionsGen
 from baton.pipelines.questions_gen.data import read_part
 from baton.pipelines.questions_gen.evaluator import evaluate
@@ -38,11 +37,10 @@ class Validation:
     ranks: Ranks
     stage: str
     stages_before: Sequence[str]
-    network: Any
+    sampler: Sampler
     tokenizer: Any
     prompts: Sequence[Sequence[int]]
     asked: Sequence[str]
-    end: int
     judge: Judge
     history: History
 
@@ -54,7 +52,7 @@ class Validation:
         *,
         stage: str,
         stages_before: Sequence[str],
-        network: Any,
+        sampler: Sampler,
         tokenizer: Any,
         encoder: ChatEncoder,
     ) -> Validation:
@@ -72,11 +70,10 @@ class Validation:
             ranks=ranks,
             stage=stage,
             stages_before=stages_before,
-            network=network,
+            sampler=sampler,
             tokenizer=tokenizer,
             prompts=tokenizer(texts, add_special_tokens=False)["input_ids"],
             asked=asked,
-            end=encoder.end_of_turn,
             judge=Judge.of(training),
             history=history,
         )
@@ -88,23 +85,12 @@ class Validation:
             CollapsedError: the quality fell below the configured share of the best one before.
         """
         config: QuestionsGen = self.leg.config
-        grpo, ranks = config.grpo, self.ranks
+        ranks = self.ranks
         mine = list(range(ranks.rank, len(self.prompts), ranks.size))
-        pad = self.tokenizer.pad_token_id
-        drawn = sample(
-            self.network,
+        drawn = self.sampler.draw(
             [self.prompts[i] for i in mine],
             count=1,
             seeds=[mix_seed(config.grpo.seed, 0, i) for i in mine],
-            sampling=Sampling(
-                temperature=grpo.sampling.temperature,
-                top_p=grpo.sampling.top_p,
-                top_k=grpo.sampling.top_k,
-            ),
-            max_new_tokens=grpo.max_new_tokens,
-            ends=[self.end],
-            pad=self.end if pad is None else pad,
-            batch_size=grpo.sample_batch,
             should_stop=lambda: self.leg.stop.is_urgent,
         )
         if ranks.agree(drawn is None)[0] or drawn is None:

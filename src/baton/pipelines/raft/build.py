@@ -5,24 +5,21 @@ Zhang et al., "RAFT: Adapting Language Model to Domain Specific RAG" (2024).
 
 from __future__ import annotations
 
-import json
-import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from baton.data.chunks import chunks_of
-from baton.data.documents import Document
+from baton.data.chunks import same
+from baton.data.json_lines import JsonLines
 from baton.data.replies import Reply
 from baton.data.teacher import Teacher, in_order
 from baton.errors import DataError, RefusedError
 from baton.pipelines.raft.format import Format
-from baton.pipelines.raft.rows import Row, same
+from baton.pipelines.raft.rows import Row
 from baton.pipelines.raft.scores import judge
 
 # What a teacher is asked to write where a chunk answers no question.
@@ -69,15 +66,6 @@ class _Dropped:
     detail: str
 
 
-def chunk_documents(documents: Iterable[Document], *, max_chars: int) -> list[str]:
-    """Every different chunk of the documents, in their order."""
-    chunks: dict[str, str] = {}
-    for document in documents:
-        for chunk in chunks_of(document.text, max_chars=max_chars):
-            chunks.setdefault(same(chunk), chunk)
-    return list(chunks.values())
-
-
 def build(
     chunks: Sequence[str],
     teacher: Teacher,
@@ -104,7 +92,7 @@ def build(
         )
     tally = Tally()
     rejects = out.with_name(f"{out.name}.rejects.jsonl")
-    with _Beside(out) as rows_file, _Beside(rejects) as rejects_file:
+    with JsonLines(out) as rows_file, JsonLines(rejects) as rejects_file:
 
         def work(index: int) -> list[Row | _Dropped] | None:
             return _rows_of(index, chunks, teacher, format, recipe)
@@ -238,31 +226,6 @@ def _fault(reply: Reply, documents: Sequence[str], format: Format) -> _Unusable 
 
 def _is_in(quote: str, documents: Sequence[str]) -> bool:
     return bool(quote) and any(same(quote) in same(text) for text in documents)
-
-
-class _Beside:
-    """JSON lines that appear under their name only when all of them are written."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._beside = path.with_name(f".{path.name}.part")
-
-    def __enter__(self) -> _Beside:
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = open(self._beside, "w", encoding="utf-8", errors="replace")
-        return self
-
-    def write(self, value: dict[str, Any]) -> None:
-        self._file.write(json.dumps(value, ensure_ascii=False) + "\n")
-
-    def __exit__(self, kind: object, error: object, trace: object) -> None:
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
-        if kind is None:
-            os.replace(self._beside, self._path)
-        else:
-            self._beside.unlink()
 
 
 def iter_reasons(tally: Tally) -> Iterator[str]:

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from baton.data.chunks import same
 from baton.pipelines.raft.config import RaftData
 from baton.pipelines.raft.format import Format
-from baton.pipelines.raft.rows import Row, same
+from baton.pipelines.raft.rows import Row
 
 # Streams of random numbers that must not follow from each other.
 _PRESENCE, _CHOICE, _ORDER = 1, 2, 3

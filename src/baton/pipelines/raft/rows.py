@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from baton.data.chunks import same
 from baton.data.json_rows import read_objects
 from baton.errors import DataError
 
@@ -179,8 +180,3 @@ def _kind(document: Any) -> Any:
 def _short(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 60 else text[:59] + "…"
-
-
-def same(text: str) -> str:
-    """What two documents have in common that differ in white space alone."""
-    return " ".join(text.split())

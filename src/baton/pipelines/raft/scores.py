@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from baton.data.chunks import same
 from baton.eval.bootstrap import LEVEL, Interval, bootstrap_mean, percentiles, resampled_sums
 from baton.eval.qa import exact_match, f1
 from baton.eval.score import Score, ScoreSheet, score_pairs
 from baton.pipelines.raft.format import Format
-from baton.pipelines.raft.rows import same
 
 
 @dataclass(frozen=True, slots=True)

@@ -68,6 +68,7 @@ class T5TrainConfig(TrainConfig):
     gpus: Annotated[int, at_least(1)] = 3
     batch_samples: Annotated[int, at_least(0)] = 0
     tokens_per_micro_batch: Annotated[int, at_least(0)] = 0
+    activation_checkpointing: bool | None = False
     pad_to: Annotated[int, at_least(1)] = 8
     fixed_shapes: bool = False
     low_memory: bool = False

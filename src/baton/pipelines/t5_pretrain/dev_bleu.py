@@ -15,8 +15,8 @@ from baton.eval.generate import generate_responses
 from baton.pipelines.t5_pretrain.data import Pair
 from baton.record import dump_json
 from baton.stage import Leg
+from baton.train.layers import plain_layers
 from baton.train.ranks import Ranks
-from baton.train.seq2seq import uncompiled
 from baton.tuning.best import TRAIN
 
 NAME = "dev_bleu"
@@ -62,7 +62,7 @@ class DevBleu:
     def _answer(self, prefix: str, start: int) -> bool:
         """Answer one batch and keep what it adds; False if there was no time for it."""
         span = slice(start, start + self.config.batch_size)
-        with uncompiled(self.network):
+        with plain_layers(self.network):
             answers = generate_responses(
                 self.network,
                 self.tokenizer,

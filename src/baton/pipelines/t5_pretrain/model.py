@@ -15,8 +15,9 @@ from baton.config.decode import encode
 from baton.pipelines.t5_pretrain.config import T5Pretrain, T5Shape
 from baton.stage import Leg
 from baton.train.base import load_tokenizer
+from baton.train.biased import can_fuse, fuse
 from baton.train.config import PathModel
-from baton.train.layers import is_compiled, recompute_layers
+from baton.train.layers import is_compiled
 from baton.train.learner import Learner
 from baton.train.precision import Precision
 from baton.train.seq2seq import compile_blocks
@@ -83,9 +84,9 @@ class PairModel:
         if not packed and dtype == torch.bfloat16:
             network = network.to(dtype)
         network = network.to(device)
-        if packed and config.train.activation_checkpointing:
-            recompute_layers(network)
         if packed and is_compiled(config.train, device):
+            if can_fuse(device, dtype):
+                fuse(network)
             compile_blocks(network, dynamic=False if config.train.fixed_shapes else None)
         identity = {"shape": encode(config.model), "vocabulary": said.vocab_size}
         return Learner(

@@ -1,0 +1,103 @@
+"""Batches of prompts answered by whichever way of generating fits the machine and the model."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+from baton.eval.config import GenerateConfig
+from baton.eval.generate import Answers, end_tokens, generate
+from baton.generation.engine import Engine, Request
+
+log = logging.getLogger(__name__)
+
+# Seeds of one batch's prompts lie side by side.
+_PROMPTS_OF_A_BATCH = 1 << 20
+
+
+def answer_batches(
+    model: Any,
+    tokenizer: Any,
+    batches: Mapping[int, Sequence[str]],
+    config: GenerateConfig,
+    *,
+    ends: Sequence[int] = (),
+    exact: bool = False,
+    should_stop: Callable[[], bool] = lambda: False,
+    answer: Callable[..., Answers | None] | None = None,
+) -> Iterator[tuple[int, Answers]]:
+    """Answer all prompts of all batches; a batch is yielded as soon as its last answer ends.
+
+    `ends` are ids that end an answer besides the model's and the tokenizer's own. With `exact`,
+    an answer must not depend by a rounding error on which others are written beside it.
+    `answer` is another way to answer one batch, with the arguments of `generate`.
+    """
+    if answer is not None or chosen_engine(model, config, exact=exact) == "padded":
+        for number, prompts in batches.items():
+            answers = (answer or generate)(
+                model,
+                tokenizer,
+                prompts,
+                config,
+                ends=ends,
+                seed=number,
+                should_stop=should_stop,
+            )
+            if answers is None:
+                return
+            yield number, answers
+    else:
+        yield from _paged(model, tokenizer, batches, config, ends, should_stop)
+
+
+def chosen_engine(model: Any, config: GenerateConfig, *, exact: bool) -> str:
+    """`paged` or `padded`: what `auto` means here, or what the configuration says."""
+    if config.engine != "auto":
+        return config.engine
+    return "paged" if model.device.type == "cuda" and not exact else "padded"
+
+
+def _paged(
+    model: Any,
+    tokenizer: Any,
+    batches: Mapping[int, Sequence[str]],
+    config: GenerateConfig,
+    ends: Sequence[int],
+    should_stop: Callable[[], bool],
+) -> Iterator[tuple[int, Answers]]:
+    first = 0 if config.sampling is None else config.sampling.seed
+    requests, homes = [], []
+    for number, prompts in batches.items():
+        encoded = tokenizer(list(prompts), add_special_tokens=False)["input_ids"]
+        for place, prompt in enumerate(encoded):
+            seed = (first * 1_000_003 + number) * _PROMPTS_OF_A_BATCH + place
+            requests.append(Request(prompt=prompt, seed=seed))
+            homes.append((number, place))
+    engine = Engine(
+        model,
+        most_tokens=max(len(r.prompt) for r in requests) + config.max_new_tokens,
+        max_new_tokens=config.max_new_tokens,
+        ends=sorted({*end_tokens(model, tokenizer), *ends}),
+        sampling=config.sampling,
+        rows=len(requests),
+    )
+    found: dict[int, dict[int, list[int]]] = {number: {} for number in batches}
+    started = time.monotonic()
+    try:
+        for index, tokens in engine.run(requests, should_stop):
+            number, place = homes[index]
+            found[number][place] = tokens
+            if len(found[number]) < len(batches[number]):
+                continue
+            rows = [found[number][i] for i in range(len(batches[number]))]
+            texts = tokenizer.batch_decode(rows, skip_special_tokens=True)
+            now = time.monotonic()
+            yield (
+                number,
+                Answers([t.strip() for t in texts], [len(r) for r in rows], now - started),
+            )
+            started = time.monotonic()
+    finally:
+        engine.close()
