@@ -84,9 +84,9 @@ class Engine:
         self.most_tokens = most_tokens
         self._needs_seen = sampling is not None and sampling.repetition_penalty != 1
         each = pages_for(most_tokens)
-        count = self._page_count(rows, each)
+        count = self._page_count(min(rows, _MOST_ROWS), each)
         self.pages = Pages(count + 1)
-        self.capacity = min(rows, count // each, _MOST_ROWS)
+        self.capacity = count // each
         with torch.inference_mode():
             self.rows = Rows.empty(
                 self.capacity,

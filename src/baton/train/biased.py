@@ -39,7 +39,7 @@ def fuse(network: Any) -> None:
     for module in [module for layer in layers_of(network) for module in layer.modules()]:
         for name, child in list(module.named_children()):
             if type(child) is torch.nn.Dropout:
-                setattr(module, name, HashDropout(child.p))
+                setattr(module, name, HashDropout(child.p).train(child.training))
 
 
 def biased_attention(
