@@ -7,6 +7,7 @@
     │   ├── ModelError               a model or tokenizer cannot be found, loaded or used
     │   ├── FencedError              another leg owns this task
     │   ├── StoreRefused             a store does not know us, or has no such place
+    │   ├── CollapsedError           a model got so much worse that training on would be in vain
     │   ├── NewerSchemaError         a record was written by a newer baton
     │   └── NoProgressError          three legs in a row left nothing durable behind
     ├── StoreError                   reading or writing a store failed
@@ -67,6 +68,10 @@ class ModelError(StopError):
 
 class FencedError(StopError):
     """Another leg owns this task."""
+
+
+class CollapsedError(StopError):
+    """What a model writes got so much worse that training on would be in vain."""
 
 
 class NewerSchemaError(StopError):

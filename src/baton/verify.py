@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from baton.config.decode import decode
 from baton.errors import ConfigError
 from baton.handover import StopSignal
 from baton.legs import this_runner, utc_now
-from baton.pipelines import PIPELINES
+from baton.pipelines import PIPELINES, Pipeline
 from baton.record import LegRecord, Manifest, Plan, TaskPlan
 from baton.runner import task_store
 from baton.stage import Alone, Leg
@@ -39,33 +39,48 @@ def verify(plan: Plan, task: TaskPlan, root: Path, stop: StopSignal) -> Verdict:
 
     pipeline = PIPELINES[plan.pipeline]()
     store = task_store(root, plan, task.name)
-    trained = [s for s in pipeline.training_stages if _checkpoints(store, s).steps()]
-    stage = trained[-1] if trained else pipeline.training_stages[0]
-    original = _checkpoints(store, stage)
-    steps = original.steps()
-    if len(steps) < 2:
+    saved = {stage: _checkpoints(store, stage).steps() for stage in pipeline.training_stages}
+    enough = [stage for stage, steps in saved.items() if len(steps) > 1]
+    if not enough:
         raise ConfigError(
-            f"{task.name} has {len(steps)} checkpoints; verify-resume needs two (train further,"
-            " or lower train.save_every_steps)"
+            f"{task.name} has {max(map(len, saved.values()))} checkpoints; verify-resume needs two"
+            " of one stage (train further, or lower save_every_steps)"
         )
-    first, last = steps[-2], steps[-1]
+    verdicts = []
+    for stage in enough:
+        leg = _leg(plan, task, stage, store, stop, decode(pipeline.config, task.config))
+        verdicts.append(_verify_stage(pipeline, leg, saved[stage][-2:], MEASURED_FILES))
+    text = "\n".join(verdict.text for verdict in verdicts)
+    return Verdict(all(verdict.identical for verdict in verdicts), text)
+
+
+def _verify_stage(
+    pipeline: Pipeline, leg: Leg, stretch: list[int], measured: frozenset[str]
+) -> Verdict:
+    """Train from one checkpoint of the leg's stage to another, in a folder of its own."""
+    store, stage = leg.store, leg.record.stage
+    original = _checkpoints(store, stage)
+    first, last = stretch
     with tempfile.TemporaryDirectory(dir=store.root, prefix=".verify-") as scratch:
         copy = LocalStore(Path(scratch))
         # A stage may go on from what earlier ones trained.
-        for name in ("data", "base", *trained[:-1]):
+        earlier = pipeline.stage_names[: pipeline.stage_names.index(stage)]
+        for name in ("base", *earlier):
             if (store.root / name).exists():
                 (copy.root / name).symlink_to(store.root / name)
-        for file in store.names(original.name(first)):
+        beside = [
+            name for name in store.names(stage) if not name.startswith(f"{stage}/checkpoints")
+        ]
+        for file in [*beside, *store.names(original.name(first))]:
             copy.path(file).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(store.path(file), copy.path(file))
-        leg = _leg(plan, task, stage, copy, stop, decode(pipeline.config, task.config))
-        pipeline.load_retrain()(leg, last)
+        pipeline.load_retrain()(replace(leg, store=copy), last)
         again = _checkpoints(copy, stage).manifest(last)
-    odd = _differences(original.manifest(last), again, MEASURED_FILES)
-    stretch = f"{task.name}: steps {first} to {last}"
+    odd = _differences(original.manifest(last), again, measured)
+    what = f"{leg.task.name}: {stage}, steps {first} to {last}"
     if odd:
-        return Verdict(False, f"{stretch}: not bit-identical, these files differ: {', '.join(odd)}")
-    return Verdict(True, f"{stretch}: bit-identical")
+        return Verdict(False, f"{what}: not bit-identical, these files differ: {', '.join(odd)}")
+    return Verdict(True, f"{what}: bit-identical")
 
 
 def _differences(a: Manifest, b: Manifest, measured: frozenset[str]) -> list[str]:

@@ -69,15 +69,30 @@ EXPERIMENTS = {
     **{p: f"smoke/{p}" for p in sorted(PIPELINES) if p != "medical_qa"},
 }
 NAMES = tuple(EXPERIMENTS)
-# Of the other pipelines the first task, as their smoke file has it.
-OTHERS = {"train.log_every_steps": "1"}
+# Of the other pipelines the first task, as their smoke file has it, or smaller.
+OTHERS = {
+    **{pipeline: {"train.log_every_steps": "1"} for pipeline in PIPELINES},
+    "questions_gen": {
+        **{f"{stage}.log_every_steps": "1" for stage in ("sft", "grpo", "distill")},
+        "sft.max_steps": "30",
+        "sft.eval_every_steps": "30",
+        # Two updates a batch of completions, with old and reference probabilities kept.
+        "grpo.max_steps": "8",
+        "grpo.eval_every_steps": "4",
+        "grpo.save_every_steps": "3",
+        "grpo.batch_samples": "16",
+        "grpo.beta": "0.04",
+        "grpo.learning_rate": "1e-4",
+        "grpo.variation_share": "0.25",
+    },
+}
 # More legs in a row than this without anything durable, and baton rightly gives up.
 BARREN_LEGS = 2
 # A leg of these tasks lasts about two seconds; later moments hit nothing.
 LEG_SECONDS = 2.0
 # A save is some 60 file operations, a whole leg some 900 at most.
 OPERATIONS = 700
-STEP = re.compile(r" step=(\d+)/")
+STEP = re.compile(r" stage=(\w+) step=(\d+)/")
 
 
 @dataclass
@@ -319,7 +334,7 @@ def _task(lab: Lab, name: str, url: str = "") -> Task:
     experiment = EXPERIMENTS[name]
     if experiment == EXPERIMENT:
         return lab.task(SETTINGS, name=name, url=url)
-    return lab.task(OTHERS, url=url, experiment=experiment)
+    return lab.task(OTHERS[name], url=url, experiment=experiment)
 
 
 def _leg(lab: Lab, task: Task, blow: Blow | None, log: Path) -> tuple[int, bool]:
@@ -359,12 +374,14 @@ def _sleep(leg: Leg, seconds: float) -> bool:
 def _check(task: Task, blow: Blow, status: int, log: Path, tally: Tally) -> None:
     """What must hold after every kill, whenever it came."""
     text = log.read_text(errors="replace")
-    reached = max((int(step) for step in STEP.findall(text.partition("stage=eval")[0])), default=0)
-    lost = max(0, reached - max(task.steps(), default=0))
+    reached = {stage: max(map(int, steps)) for stage, steps in _logged(text).items()}
+    stage = next((s for s in reversed(task.stages) if s in reached), task.stages[0])
+    lost = max(0, reached.get(stage, 0) - max(task.steps(stage), default=0))
     tally.max_lost_steps = max(tally.max_lost_steps, lost)
     problems = []
-    if lost > task.save_every_steps:
-        problems.append(f"lost {lost} steps, the save interval is {task.save_every_steps}")
+    if lost > task.save_every_steps(stage):
+        interval = task.save_every_steps(stage)
+        problems.append(f"lost {lost} steps, the save interval is {interval}")
     if status == 75:
         record = task.legs()[-1]
         if lost:
@@ -382,6 +399,14 @@ def _check(task: Task, blow: Blow, status: int, log: Path, tally: Tally) -> None
     for problem in problems:
         tally.broken.append(f"{task.name}: {problem}")
         print(f"BROKEN {task.name} ({blow.kind}): {problem}\n{_tail(log)}", flush=True)
+
+
+def _logged(text: str) -> dict[str, list[str]]:
+    """The steps that a leg's log speaks of, by training stage."""
+    found: dict[str, list[str]] = {}
+    for stage, step in STEP.findall(text):
+        found.setdefault(stage, []).append(step)
+    return found
 
 
 def _died_unready(status: int, log: Path) -> bool:

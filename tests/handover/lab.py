@@ -42,7 +42,7 @@ TINY = {
 # Files that tell of legs, machines and times; checkpoints and the eval record are looked into.
 _NOT_OF_THE_PLAN = re.compile(
     r"(.*/)?\..*|legs/.*|log\.txt|progress\.json|cancelled\.json|files\.json|.*README\.md|.*/tensorboard/.*"
-    r"|.*/done\.json|.*/shards/.*|.*/checkpoints/.*|train/summary\.json|eval/eval\.json"
+    r"|.*/done\.json|.*/shards/.*|.*/checkpoints/.*|\w+/summary\.json|eval/eval\.json"
 )
 # Figures of an eval record that measure the machine.
 _MEASURED = ("training", "generation", "environment")
@@ -63,18 +63,32 @@ class Task:
         return self.plan.parent / "tasks" / self.name
 
     @property
-    def checkpoints(self) -> Path:
-        return self.folder / "train" / "checkpoints"
+    def stages(self) -> tuple[str, ...]:
+        """Its training stages, in order."""
+        from baton.pipelines import PIPELINES
+
+        return PIPELINES[json.loads(self.plan.read_bytes())["pipeline"]]().training_stages
 
     @property
-    def save_every_steps(self) -> int:
+    def stage(self) -> str:
+        """The training stage that is at work, or the last one."""
+        undone = (s for s in self.stages if not (self.folder / s / "done.json").exists())
+        return next(undone, self.stages[-1])
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.folder / self.stage / "checkpoints"
+
+    def save_every_steps(self, stage: str) -> int:
         plan = json.loads(self.plan.read_bytes())
         [config] = [task["config"] for task in plan["tasks"] if task["name"] == self.name]
-        return int(config["train"]["save_every_steps"])
+        training = config.get(stage, {})
+        return int(training.get("train", training)["save_every_steps"])
 
-    def steps(self) -> list[int]:
-        """Steps with a manifest, oldest first."""
-        found = self.checkpoints.glob("step-*/manifest.json")
+    def steps(self, stage: str = "") -> list[int]:
+        """Steps with a manifest, oldest first; of the stage at work unless one is named."""
+        place = self.folder / stage / "checkpoints" if stage else self.checkpoints
+        found = place.glob("step-*/manifest.json")
         return sorted(int(path.parent.name.removeprefix("step-")) for path in found)
 
     def checkpoint(self, step: int) -> Path:
@@ -91,7 +105,7 @@ class Task:
     def position(self) -> tuple[int, int, int]:
         """How much is durable: stages done, newest step, shards answered."""
         done = len(list(self.folder.glob("*/done.json")))
-        shards = len(list(self.folder.glob("eval/shards/*")))
+        shards = len(list(self.folder.glob("*/shards/*")))
         return done, max(self.steps(), default=-1), shards
 
     def copy_to(self, store: Path) -> Task:
@@ -264,15 +278,21 @@ def products(task: Task) -> dict[str, bytes]:
     record = json.loads((folder / "eval" / "eval.json").read_bytes())
     every = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
     names = [name for name in sorted(every) if not _NOT_OF_THE_PLAN.fullmatch(name)]
-    assert {"train/metrics.jsonl", "eval/predictions.jsonl"} <= set(names), names
-    for which, step in (("last", task.steps()[-1]), ("best", record["training"]["best_step"])):
-        place = task.checkpoint(step)
-        files = {path.relative_to(place).as_posix() for path in place.rglob("*") if path.is_file()}
-        assert "optimizer.safetensors" in files, f"{which}: {sorted(files)}"
-        names += [
-            f"train/checkpoints/{place.name}/{name}"
-            for name in sorted(files - MEASURED_FILES - {"manifest.json"})
-        ]
+    wanted = {"eval/predictions.jsonl", *(f"{stage}/metrics.jsonl" for stage in task.stages)}
+    assert wanted <= set(names), names
+    for stage in task.stages:
+        history = json.loads((folder / stage / "dev_history.json").read_bytes())
+        summary = json.loads((folder / stage / "summary.json").read_bytes())
+        assert not history or summary["best_step"] in [row[0] for row in history]
+        for which, step in (("last", task.steps(stage)[-1]), ("best", summary["best_step"])):
+            place = folder / stage / "checkpoints" / f"step-{step:06d}"
+            every = (path for path in place.rglob("*") if path.is_file())
+            files = {path.relative_to(place).as_posix() for path in every}
+            assert "optimizer.safetensors" in files, f"{stage}, {which}: {sorted(files)}"
+            names += [
+                f"{stage}/checkpoints/{place.name}/{name}"
+                for name in sorted(files - MEASURED_FILES - {"manifest.json"})
+            ]
     found = {name: (folder / name).read_bytes() for name in names}
     scores = {key: value for key, value in record.items() if key not in _MEASURED}
     scores["best_step"] = record["training"]["best_step"]

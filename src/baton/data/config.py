@@ -12,8 +12,8 @@ from baton.config.decode import Count, at_least, between
 class SourceConfig:
     """Where rows come from: exactly one of `path` (a local file) and `hub` (a Hub data set).
 
-    `files` names files inside the data set; without it the data set's own `train` split is
-    loaded. `columns` maps fields to columns of the file; several are joined by a newline.
+    `files` names files inside the data set; without it its own `split` is loaded. `columns` maps
+    fields to columns of the file; several are joined by a newline.
     """
 
     path: str | None = None
@@ -21,6 +21,7 @@ class SourceConfig:
     revision: str = "main"
     files: list[str] = field(default_factory=list)
     subset: str | None = None
+    split: str = "train"
     format: str | None = None
     encoding: str | None = None
     columns: dict[str, str | list[str]] = field(default_factory=dict)

@@ -44,16 +44,19 @@ def open_source(config: SourceConfig, *, pinned: str = "") -> RowSource:
     Raises:
         DataError: a file or column is missing, cannot be decoded, or the Hub is out of reach.
     """
-    if config.path is not None:
-        paths = [find_file(config.path)]
-    else:
-        paths = [_fetch(config, name, pinned) for name in config.files] or [_export(config, pinned)]
     return RowSource(
         tuple(
             describe(path, encoding=config.encoding, columns=config.columns, format=config.format)
-            for path in paths
+            for path in open_files(config, pinned=pinned)
         )
     )
+
+
+def open_files(config: SourceConfig, *, pinned: str = "") -> list[Path]:
+    """The files of a data set, on this machine. Raises `DataError`."""
+    if config.path is not None:
+        return [find_file(config.path)]
+    return [_fetch(config, name, pinned) for name in config.files] or [_export(config, pinned)]
 
 
 def _fetch(config: SourceConfig, name: str, pinned: str) -> Path:
@@ -71,13 +74,13 @@ def _fetch(config: SourceConfig, name: str, pinned: str) -> Path:
 
 
 def _export(config: SourceConfig, pinned: str) -> Path:
-    """The `train` split of a Hub data set, as one Parquet file in the data sets' cache."""
+    """The split of a Hub data set, as one Parquet file in the data sets' cache."""
     import datasets
 
     assert config.hub is not None, "SourceConfig gives path or hub"
     try:
         rows = datasets.load_dataset(
-            config.hub, config.subset, split="train", revision=pinned or config.revision
+            config.hub, config.subset, split=config.split, revision=pinned or config.revision
         )
     except Exception as error:
         raise DataError(_unreachable(config.hub, error)) from error

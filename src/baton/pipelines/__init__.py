@@ -144,12 +144,44 @@ def _t5_pretrain() -> Pipeline:
     )
 
 
+def _questions_gen() -> Pipeline:
+    from baton.pipelines.questions_gen.config import QuestionsGen
+
+    def load() -> tuple[Stage, ...]:
+        from baton.pipelines.questions_gen.stages import STAGES
+
+        return STAGES
+
+    def load_retrain() -> Callable[[Leg, int], Outcome]:
+        from baton.pipelines.questions_gen.training import retrain
+
+        return retrain
+
+    def answer() -> Callable[[Trained], Answerer]:
+        from baton.pipelines.questions_gen.answer import QuestionsGenAnswerer
+
+        return QuestionsGenAnswerer
+
+    return Pipeline(
+        name="questions_gen",
+        config=QuestionsGen,
+        stage_names=("data", "sft", "grpo", "propose", "teach", "distill", "eval"),
+        load_stages=load,
+        load_retrain=load_retrain,
+        load_answer=answer,
+        cpu_stages=("data", "teach"),
+        training_stages=("sft", "grpo", "distill"),
+    )
+
+
 PIPELINES: dict[str, Callable[[], Pipeline]] = {
     "clara": _clara,
     "medical_qa": _medical_qa,
+    "questions_gen": _questions_gen,
     "raft": _raft,
     "t5_pretrain": _t5_pretrain,
 }
 """clara: documents as memory vectors, retrieval learnt from answers. medical_qa: LoRA and QLoRA
-over data scale on question answering. raft: a teacher's grounded answers, distilled. t5_pretrain:
-an encoder-decoder from nothing."""
+over data scale on question answering. questions_gen: competition problems by examples, by reward,
+by a teacher. raft: a teacher's grounded answers, distilled. t5_pretrain: an encoder-decoder from
+nothing."""

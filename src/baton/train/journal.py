@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -36,11 +37,22 @@ class Journal:
     samples_of: Callable[[int], list[int]]
     allow_infinite_norm: bool
     speed: Speed = field(default_factory=Speed)
-    _unread: list[tuple[int, torch.Tensor, torch.Tensor]] = field(default_factory=list)
+    _unread: list[tuple[int, torch.Tensor, torch.Tensor, Mapping[str, float]]] = field(
+        default_factory=list
+    )
 
-    def add(self, step: int, loss: torch.Tensor, norm: torch.Tensor) -> None:
-        """Note the loss of this rank's share and the gradient norm of a finished step."""
-        self._unread.append((step, loss, norm))
+    def add(
+        self,
+        step: int,
+        loss: torch.Tensor,
+        norm: torch.Tensor,
+        figures: Mapping[str, float] = MappingProxyType({}),
+    ) -> None:
+        """Note the loss of this rank's share and the gradient norm of a finished step.
+
+        `figures` are logged beside them, as means over the same steps.
+        """
+        self._unread.append((step, loss, norm, figures))
 
     def read(self, state: TrainState) -> None:
         """Move the noted losses into the state's window; every rank must call this.
@@ -50,9 +62,11 @@ class Journal:
         """
         if not self._unread:
             return
-        rows = torch.stack([torch.stack((loss, norm)) for _, loss, norm in self._unread]).tolist()
+        rows = torch.stack(
+            [torch.stack((loss, norm)) for _, loss, norm, _ in self._unread]
+        ).tolist()
         losses = self.ranks.sum([loss for loss, _ in rows])
-        for (step, _, _), loss, (_, norm) in zip(self._unread, losses, rows, strict=True):
+        for (step, _, _, figures), loss, (_, norm) in zip(self._unread, losses, rows, strict=True):
             finite_norm = math.isfinite(norm)
             if not math.isfinite(loss) or not (finite_norm or self.allow_infinite_norm):
                 raise NonFiniteError(
@@ -63,13 +77,17 @@ class Journal:
                 )
             # JSON has no infinity: a step that fp16 skipped has no norm to average.
             state.window.append([loss, norm if finite_norm else 0.0])
+            for name, value in figures.items():
+                state.figures.setdefault(name, []).append(value)
         self._unread.clear()
 
     def log(self, state: TrainState, *, learning_rate: float, epoch: float, total: int) -> None:
         """Write the line of a logged step: means since the last one."""
         self.read(state)
         losses, norms = zip(*state.window, strict=True)
+        figures = {name: math.fsum(v) / len(v) for name, v in state.figures.items()}
         state.window.clear()
+        state.figures.clear()
         values = {
             "loss": math.fsum(losses) / len(losses),
             "grad_norm": math.fsum(norms) / len(norms),
@@ -77,6 +95,7 @@ class Journal:
             "epoch": epoch,
             "samples": state.samples,
             "tokens": state.tokens,
+            **figures,
         }
         speed = self.speed.recent()
         if self.leg.is_first:
@@ -89,6 +108,7 @@ class Journal:
             lr=learning_rate,
             grad_norm=values["grad_norm"],
             tokens_per_s=round(speed),
+            **figures,
         )
 
     def evaluated(self, state: TrainState, loss: float, scores: Mapping[str, float]) -> None:

@@ -15,16 +15,17 @@ from baton.errors import ConfigError
 from baton.stage import Leg, Outcome
 from baton.train.ahead import Ahead
 from baton.train.batch import TokenSource
-from baton.train.batching import Batching, Packed, pad_multiple
+from baton.train.batching import Batching, Packed, Whole, pad_multiple
 from baton.train.config import TrainConfig
 from baton.train.cursor import Cursor, Indices
 from baton.train.devset import DevSet
 from baton.train.journal import Journal
 from baton.train.keeper import Keeper
 from baton.train.layers import layers_of, recompute_layers
-from baton.train.memory import Trials, plan_memory
+from baton.train.memory import Trials, given_plan, plan_memory
 from baton.train.metrics import Metrics
 from baton.train.optim import Schedule, build_optimizer, set_learning_rate
+from baton.train.planner import MemoryPlan
 from baton.train.precision import Precision
 from baton.train.ranks import Ranks
 from baton.train.state import Timing, TrainState, Weights
@@ -47,19 +48,27 @@ class DevScore(Protocol):
 
 
 @dataclass(frozen=True)
-class Whole:
-    """What all micro-batches of a step have together, on all ranks."""
-
-    samples: int
-    labelled: int
-
-
-@dataclass(frozen=True)
 class ReadAhead:
     """Tells whoever reads the samples what will be asked for, so many steps before it is."""
 
     steps: int
     need: Callable[[Indices], None]
+
+
+class Maker(Protocol):
+    """Makes the samples of a step when its turn has come, as reinforcement learning does."""
+
+    def make(self, step: int, indices: Indices) -> bool:
+        """Have the samples `indices` of the source ready to train on at `step` (0-based).
+
+        A function of the plan, `step` and the weights alone, so that a leg that starts at `step`
+        makes the same. Every rank calls this; False where there was no time for it.
+        """
+        ...
+
+    def figures(self) -> dict[str, float]:
+        """What is to be logged of the step that was trained last; the same on every rank."""
+        ...
 
 
 @dataclass(kw_only=True)
@@ -76,6 +85,8 @@ class Loop:
         batching: makes those micro-batches; packs by default.
         score: taken with every dev loss; where it is given, it decides which checkpoint is best.
         read_ahead: hears which samples are to come.
+        maker: where it is given, `train` holds what it made for the step at hand.
+        dev_loss, dev_batching: for the dev loss, where they are others than in training.
         versions: how often `train` holds its samples, end to end; each epoch takes the next
             version of them.
         folder: where this stage keeps its files, relative to the task.
@@ -95,6 +106,9 @@ class Loop:
     batching: Batching | None = None
     score: DevScore | None = None
     read_ahead: ReadAhead | None = None
+    maker: Maker | None = None
+    dev_loss: Callable[[Any], torch.Tensor] | None = None
+    dev_batching: Batching | None = None
     versions: int = 1
     folder: str = "train"
     identity: dict[str, str] = field(default_factory=dict)
@@ -116,7 +130,8 @@ class Loop:
         self.optimizer = build_optimizer(((n, p) for p, n in names.items()), config)
         pad_to = pad_multiple(self.ranks.device, self.precision)
         self.batches = self.batching or Packed(self.ranks.device, pad_to)
-        self.ahead = Ahead(self._collated) if self.ranks.device.type == "cuda" else None
+        is_known_ahead = self.ranks.device.type == "cuda" and self.maker is None
+        self.ahead = Ahead(self._collated) if is_known_ahead else None
         self.state = TrainState(
             tokens_per_micro_batch=config.tokens_per_micro_batch or 0,  # planned by `run`
             identity=self.identity,
@@ -142,7 +157,7 @@ class Loop:
             ranks=self.ranks,
             folder=self.folder,
             source=self.dev,
-            batching=self.batches,
+            batching=self.dev_batching or self.batches,
             loss=self._dev_micro_batch,
         )
         self.metrics = Metrics(
@@ -206,19 +221,24 @@ class Loop:
 
     def _plan_memory(self) -> None:
         """Set how large micro-batches are, and how many layers recompute."""
+        # What a maker makes is not there yet.
+        can_try = self.ranks.device.type == "cuda" and self.maker is None
+        plan = given_plan(self.config, self.model, can_try=can_try) or self._tried_plan()
+        self.state.tokens_per_micro_batch = plan.tokens
+        self.state.recompute_layers = plan.recompute_layers
+
+    def _tried_plan(self) -> MemoryPlan:
         some = [self._indices(step) for step in range(min(_PLANNED_FROM, self.total))]
         trials = Trials(
             model=self.model,
-            loss=self.loss,
+            part=self._part,
             precision=self.precision,
             ranks=self.ranks,
             batches=self.batches,
             source=self.train,
             indices=max(some, key=lambda indices: int(self.train.lengths(indices).sum())),
         )
-        plan = plan_memory(self.leg, self.folder, self.config, trials, some)
-        self.state.tokens_per_micro_batch = plan.tokens
-        self.state.recompute_layers = plan.recompute_layers
+        return plan_memory(self.leg, self.folder, self.config, trials, some)
 
     # --- one step -----------------------------------------------------------------------
 
@@ -226,6 +246,10 @@ class Loop:
         """One optimizer step. Returns whether to stop after it; None if it was abandoned."""
         step = self.state.step
         indices = self._indices(step)
+        if self.maker is not None:
+            is_made = self.maker.make(step, indices)
+            if self.ranks.agree(not is_made)[0]:
+                return None
         lengths = self.train.lengths(indices)
         labelled = int(self.train.labelled(indices).sum())
         if self.read_ahead is not None:
@@ -248,7 +272,8 @@ class Loop:
         set_learning_rate(self.optimizer, self.schedule.at(step))
         norm = self.precision.step(self.optimizer, self.parameters, self.config.clip_norm)
         self.optimizer.zero_grad(set_to_none=True)
-        self.journal.add(step + 1, loss, norm)
+        figures = {} if self.maker is None else self.maker.figures()
+        self.journal.add(step + 1, loss, norm, figures)
         self.journal.speed.count(int(lengths.sum()))
         self.state.step += 1
         self.state.samples += len(indices)
@@ -296,9 +321,6 @@ class Loop:
         shares = self.batches.cut(self.train, indices, ranks=self.ranks.size, budget=budget)
         for share in shares[self.ranks.rank]:
             yield self.batches.collate(self.train, indices[share], budget=budget)
-
-    def _collate(self, source: TokenSource, indices: Indices) -> Any:
-        return self.batches.collate(source, indices, budget=self.state.tokens_per_micro_batch)
 
     def _shrink_micro_batch(self, least: int) -> None:
         """Halve the micro-batch after running out of memory; batch and order stay.
@@ -359,8 +381,10 @@ class Loop:
         return True
 
     def _dev_micro_batch(self, indices: Indices) -> torch.Tensor:
+        batching, loss = self.dev_batching or self.batches, self.dev_loss or self.loss
+        batch = batching.collate(self.dev, indices, budget=self.state.tokens_per_micro_batch)
         with torch.no_grad(), self.precision.autocast():
-            return self.loss(self._collate(self.dev, indices))
+            return loss(batch)
 
     def _is_stopped_early(self) -> bool:
         patience = self.config.early_stop_patience

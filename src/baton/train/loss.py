@@ -40,7 +40,7 @@ class CausalLoss:
         self.compute_dtype = compute_dtype
         self.compiled = compiled
         head = model.get_output_embeddings()
-        self.head: torch.nn.Module | None = head if _is_plain(model, head) else None
+        self.head: torch.nn.Module | None = head if is_plain(model, head) else None
 
     def __call__(self, batch: PackedBatch, embeddings: torch.Tensor | None = None) -> torch.Tensor:
         """Sum of the loss over labelled tokens: a float32 scalar with gradient.
@@ -70,7 +70,8 @@ class CausalLoss:
         )
 
 
-def _is_plain(model: torch.nn.Module, head: torch.nn.Module) -> bool:
+def is_plain(model: torch.nn.Module, head: torch.nn.Module) -> bool:
+    """Are the logits of this model one product with the weight of its head?"""
     config = model.config.get_text_config()
     extras = [getattr(config, name, None) for name in _HEAD_EXTRAS]
     return (

@@ -82,6 +82,13 @@ class Ranks:
         dist.broadcast(payload, src=0, group=self._control)
         return json.loads(payload.numpy().tobytes())
 
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's value, in the order of the ranks, on every rank."""
+        values = [value] * self.size
+        if self.size > 1:
+            dist.all_gather_object(values, value, group=self._control)
+        return values
+
     def sum(self, values: Sequence[float]) -> list[float]:
         """Element-wise sum over ranks, in float64."""
         if self.size == 1:

@@ -39,6 +39,7 @@ class TrainState:
             `[step, dev loss, score]` where answers are scored as well.
         dev_pending: the evaluation due at `step` was cut off by a handover.
         window: `[loss, gradient norm]` of the steps since the last logged one.
+        figures: what else those steps noted, by name.
         tokens_per_micro_batch: smaller than planned after running out of memory.
         recompute_layers: how many make their activations anew.
         identity: what must not change between legs.
@@ -52,6 +53,7 @@ class TrainState:
     dev_history: list[list[float]] = field(default_factory=list)
     dev_pending: bool = False
     window: list[list[float]] = field(default_factory=list)
+    figures: dict[str, list[float]] = field(default_factory=dict)
     tokens_per_micro_batch: int
     recompute_layers: int = 0
     scaler: dict[str, float] | None = None

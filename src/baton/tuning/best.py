@@ -14,6 +14,7 @@ from baton.train.state import badness
 log = logging.getLogger(__name__)
 
 TRAIN = "train"
+# Dev losses and scores of a training stage, written at its end.
 HISTORY = "dev_history.json"
 
 

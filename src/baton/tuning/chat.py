@@ -24,9 +24,13 @@ from baton.tuning.model import TaskModel
 
 @dataclass(frozen=True)
 class Chat:
-    """Reads the task's folder only; nothing is loaded before it is needed."""
+    """Reads the task's folder only; nothing is loaded before it is needed.
+
+    `stage` is the training stage whose weights answer.
+    """
 
     trained: Trained
+    stage: str = TRAIN
 
     @property
     def task_model(self) -> TaskModel:
@@ -42,9 +46,12 @@ class Chat:
         """The model with the weights of the best checkpoint. Raises `DamagedError`."""
         trained = self.trained
         learner = self.task_model.learner(Ranks.of(Alone()).device, packed=False)
-        checkpoints = Checkpoints(trained.store, f"{TRAIN}/checkpoints", 0, lambda: None, utc_now)
+        checkpoints = Checkpoints(
+            trained.store, f"{self.stage}/checkpoints", 0, lambda: None, utc_now
+        )
         with tempfile.TemporaryDirectory(prefix="baton-best-") as folder:
-            fetch_best(checkpoints, trained.store, Path(folder), task=trained.task.name)
+            name = trained.task.name
+            fetch_best(checkpoints, trained.store, Path(folder), task=name, stage=self.stage)
             learner.weights.load(Path(folder))
         return learner.model.eval()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -28,6 +29,7 @@ from baton.record import (
 from baton.stage import Leg, Outcome
 from baton.train.adapters import FOLDER as ADAPTER
 from baton.train.environment import environment_of
+from baton.train.learner import Learner
 from baton.train.metrics import FILE as METRICS
 from baton.train.metrics import read_lines
 from baton.train.ranks import Ranks
@@ -44,7 +46,8 @@ class Question:
 
     `number` names it in every task of an experiment; `prompt` is rendered up to where the answer
     begins, or what else the exam's `answer` takes; `asked` is what people read; `notes` stand
-    beside the answer in predictions.jsonl.
+    beside the answer in predictions.jsonl. `stage` is the training stage that answers, where it
+    is another than the exam's.
     """
 
     number: int
@@ -52,11 +55,15 @@ class Question:
     asked: str
     reference: str
     notes: Mapping[str, Any] = field(default_factory=dict)
+    stage: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Exam:
     """All questions, in the order in which they are answered, and how answers are scored.
+
+    Where several training stages answer, the questions of each stand together, and they are the
+    same ones in the same order.
 
     Attributes:
         ends: tokens that end an answer besides the model's own.
@@ -65,7 +72,8 @@ class Exam:
         answer: how it answers a batch of prompts, where that is not as any chat model does; see
             `generate`.
         stage: the one whose best checkpoint answers.
-        before: stages that trained before it; curves show them end to end.
+        before: stages that trained before it; curves and figures count them in.
+        curves: figures of logged steps that reports show beside the loss.
     """
 
     questions: Sequence[Question]
@@ -75,23 +83,41 @@ class Exam:
     answer: Callable[..., Answers | None] | None = None
     stage: str = TRAIN
     before: Sequence[str] = ()
+    curves: Sequence[str] = ()
+
+    def stage_of(self, question: Question) -> str:
+        """The training stage whose best checkpoint answers a question."""
+        return question.stage or self.stage
+
+    @property
+    def stages(self) -> list[str]:
+        """The training stages whose models answer, in their order."""
+        return list(dict.fromkeys(map(self.stage_of, self.questions))) or [self.stage]
+
+    def shards(self, size: int) -> list[Sequence[Question]]:
+        """Batches of at most `size` questions, all of one stage."""
+        whole = [list(group) for _, group in itertools.groupby(self.questions, self.stage_of)]
+        return [group[i : i + size] for group in whole for i in range(0, len(group), size)]
 
 
 def hold(leg: Leg, exam: Exam) -> Outcome:
     """Answer what is not answered yet, then score everything."""
     config: Tuning = leg.config
     ranks = Ranks.of(leg.peers)
-    size = config.eval.generate.batch_size
-    questions = exam.questions
-    shards = [questions[i : i + size] for i in range(0, len(questions), size)]
+    shards = exam.shards(config.eval.generate.batch_size)
     done = set(leg.store.names(f"{FOLDER}/shards"))
     missing = [i for i in range(len(shards)) if shard_name(i) not in done]
     mine = [i for i in missing if i % ranks.size == ranks.rank]
-    best = _fetch_best(leg, ranks, exam.stage)
-    if mine:
-        _answer(leg, ranks, exam, shards, mine)
-    if ranks.agree(leg.stop.is_set)[0]:
-        return Outcome.HANDED_OVER
+    learner: Learner | None = None
+    for stage in exam.stages:
+        best = _fetch_best(leg, ranks, stage)
+        theirs = [i for i in mine if exam.stage_of(shards[i][0]) == stage]
+        if theirs:
+            learner = learner or _load(leg, ranks, exam)
+            learner.weights.load(_best_folder(leg, ranks))
+            _answer(leg, ranks, exam, learner, shards, theirs)
+        if ranks.agree(leg.stop.is_set)[0]:
+            return Outcome.HANDED_OVER
     if leg.is_first:
         _score(leg, ranks, exam, len(shards), best)
     shutil.rmtree(_best_folder(leg, ranks))
@@ -104,9 +130,16 @@ def shard_name(number: int) -> str:
 
 def _fetch_best(leg: Leg, ranks: Ranks, stage: str) -> int:
     """Bring the best checkpoint that is whole to `.best-RANK`; returns its step."""
+    folder, name = _best_folder(leg, ranks), leg.task.name
     checkpoints = leg.checkpoints(f"{stage}/checkpoints")
-    target = _best_folder(leg, ranks)
-    return fetch_best(checkpoints, leg.store, target, task=leg.task.name, stage=stage)
+    return fetch_best(checkpoints, leg.store, folder, task=name, stage=stage)
+
+
+def _load(leg: Leg, ranks: Ranks, exam: Exam) -> Learner:
+    model = exam.model or TaskModel.of(leg)
+    learner = model.learner(ranks.device, packed=False)
+    learner.model.eval()
+    return learner
 
 
 def _best_folder(leg: Leg, ranks: Ranks) -> Path:
@@ -114,27 +147,33 @@ def _best_folder(leg: Leg, ranks: Ranks) -> Path:
 
 
 def _answer(
-    leg: Leg, ranks: Ranks, exam: Exam, shards: Sequence[Sequence[Question]], mine: list[int]
+    leg: Leg,
+    ranks: Ranks,
+    exam: Exam,
+    learner: Learner,
+    shards: Sequence[Sequence[Question]],
+    mine: list[int],
 ) -> None:
     config: Tuning = leg.config
     model = exam.model or TaskModel.of(leg)
-    learner = model.learner(ranks.device, packed=False)
-    learner.weights.load(_best_folder(leg, ranks))
-    learner.model.eval()
     tokenizer = model.tokenizer()
     total = len(shards)
-    answered = total - len(mine)
+    answered = sum(shard_name(i) in leg.store.names(f"{FOLDER}/shards") for i in range(total))
+    stages = [exam.stage_of(shard[0]) for shard in shards]
+    # Counted from the stage's first shard: each stage's model draws in the same way.
+    first = stages.index(stages[mine[0]])
     batches = answer_batches(
         learner.model,
         tokenizer,
-        {number: [question.prompt for question in shards[number]] for number in mine},
+        {i - first: [question.prompt for question in shards[i]] for i in mine},
         config.eval.generate,
         ends=exam.ends,
         exact=config.train.deterministic,
         should_stop=lambda: leg.stop.is_set,
         answer=exam.answer,
     )
-    for number, answers in batches:
+    for place, answers in batches:
+        number = first + place
         peak = torch.cuda.max_memory_allocated() if ranks.device.type == "cuda" else None
         shard = {
             "rows": [question.number for question in shards[number]],
@@ -164,9 +203,8 @@ def _score(leg: Leg, ranks: Ranks, exam: Exam, shards: int, best_step: int) -> N
     notes = [note for s in answered for note in s.get("notes") or [{}] * len(s["rows"])]
     sheet = exam.score(predictions)
     _write_predictions(leg, questions, predictions, notes, sheet)
-    figures = json.loads(leg.store.read(f"{exam.stage}/{SUMMARY}"))
     report = read_report(leg)
-    curve = _curve(leg, exam)
+    curve = _curve(leg, (*exam.before, *exam.stages))
     record = EvalRecord(
         notice=leg.notice,
         experiment=leg.plan.experiment,
@@ -179,15 +217,16 @@ def _score(leg: Leg, ranks: Ranks, exam: Exam, shards: int, best_step: int) -> N
         scores=[decode(ScoreEntry, encode(score)) for score in sheet.scores],
         training=decode(
             TrainingFigures,
-            figures | {"best_step": best_step, "adapter_bytes": _adapter_bytes(leg, ranks)},
+            _training(leg, (*exam.before, *exam.stages), best_step)
+            | {"adapter_bytes": _adapter_bytes(leg, ranks)},
         ),
         generation=_figures(config, answered),
         loss_curve=[[line["step"], line["loss"]] for line in curve if "loss" in line],
         dev_curve=[[line["step"], line["dev_loss"]] for line in curve if "dev_loss" in line],
         dev_scores={
             name: [[line["step"], line[name]] for line in curve if name in line]
-            for name in sorted({key for line in curve for key in line if key.startswith("dev_")})
-            if name != "dev_loss"
+            for name in sorted({key for line in curve for key in line})
+            if (name.startswith("dev_") and name != "dev_loss") or name in exam.curves
         },
         samples=[
             Sample(prompt=question.asked, reference=question.reference, prediction=prediction)
@@ -200,16 +239,6 @@ def _score(leg: Leg, ranks: Ranks, exam: Exam, shards: int, best_step: int) -> N
     )
     leg.store.write(f"{FOLDER}/eval.json", record.to_json())
     leg.log("scored", **{score.column: round(score.value, 4) for score in sheet.scores})
-
-
-def _curve(leg: Leg, exam: Exam) -> list[dict[str, Any]]:
-    """The logged lines of every stage that trained, their steps counted on."""
-    lines: list[dict[str, Any]] = []
-    for stage in (*exam.before, exam.stage):
-        first = lines[-1]["step"] if lines else 0
-        own = read_lines(leg.folder / stage / METRICS)
-        lines += [{**line, "step": first + line["step"]} for line in own]
-    return lines
 
 
 def _write_predictions(
@@ -234,11 +263,38 @@ def _write_predictions(
     leg.store.write(f"{FOLDER}/predictions.jsonl", text.encode())
     per_sample = PerSample(
         notice=leg.notice,
-        rows=[question.number for question in questions],
+        rows=list(dict.fromkeys(question.number for question in questions)),
         scores={column: values.tolist() for column, values in sheet.per_sample.items()},
         bleu_statistics=sheet.bleu_statistics.tolist(),
     )
     leg.store.write(f"{FOLDER}/per_sample.json", per_sample.to_json())
+
+
+def _training(leg: Leg, stages: Sequence[str], best_step: int) -> dict[str, Any]:
+    """What the training stages took together; their steps are counted on."""
+    every = [json.loads(leg.store.read(f"{stage}/{SUMMARY}")) for stage in stages]
+    counts = ("seconds", "steps", "samples", "tokens", "labelled_tokens")
+    total = {name: sum(figures[name] for figures in every) for name in counts}
+    peaks = [figures["peak_gpu_memory_bytes"] for figures in every]
+    return {
+        **every[-1],
+        **total,
+        "started": every[0]["started"],
+        "best_step": total["steps"] - every[-1]["steps"] + best_step,
+        "samples_per_s": round(total["samples"] / total["seconds"], 3),
+        "tokens_per_s": round(total["tokens"] / total["seconds"], 1),
+        "peak_gpu_memory_bytes": None if None in peaks else max(peaks),
+    }
+
+
+def _curve(leg: Leg, stages: Sequence[str]) -> list[dict[str, Any]]:
+    """The logged lines of the training stages, their steps counted on."""
+    lines, before = [], 0
+    for stage in stages:
+        own = read_lines(leg.folder / stage / METRICS)
+        lines += [{**line, "step": line["step"] + before} for line in own]
+        before += json.loads(leg.store.read(f"{stage}/{SUMMARY}"))["steps"]
+    return lines
 
 
 def _adapter_bytes(leg: Leg, ranks: Ranks) -> int | None:

@@ -1,4 +1,4 @@
-"""What training made, as one folder that other tools load: `train/final`."""
+"""What training made, as one folder that other tools load: `train/final`, below its stage."""
 
 from __future__ import annotations
 
@@ -18,8 +18,10 @@ from baton.tuning.model import Model
 TASK = "task.json"
 
 
-def write_final(leg: Leg, learner: Learner, model: Model, *, method: str) -> None:
-    """Put the best weights, the tokenizer and the resolved configuration below `train/final`.
+def write_final(
+    leg: Leg, learner: Learner, model: Model, *, method: str, stage: str = TRAIN
+) -> None:
+    """Put the best weights, the tokenizer and the resolved configuration below `<stage>/final`.
 
     An adapter is a folder for `PeftModel.from_pretrained`, a fully trained model one for
     `from_pretrained` of its own class. `task.json` says what it is and where it comes from.
@@ -34,7 +36,7 @@ def write_final(leg: Leg, learner: Learner, model: Model, *, method: str) -> Non
             shutil.copytree(best / ADAPTER, final, dirs_exist_ok=True)
         model.tokenizer().save_pretrained(final)
 
-    place_final(leg, model, fill, method=method)
+    place_final(leg, model, fill, method=method, stage=stage)
 
 
 def place_final(

@@ -18,6 +18,7 @@ from baton.tuning.best import HISTORY, TRAIN
 from baton.tuning.final import write_final
 from baton.tuning.model import DATA, Model, TaskModel, Tuning
 
+# What training took, written at its end.
 SUMMARY = "summary.json"
 
 
@@ -33,7 +34,7 @@ def run(leg: Leg, loop: Loop, learner: Learner, model: Model, *, method: str) ->
     outcome = loop.run()
     if outcome is Outcome.FINISHED and leg.is_first:
         summarise(leg, loop, learner)
-        write_final(leg, learner, model, method=method)
+        write_final(leg, learner, model, method=method, stage=loop.folder)
     return outcome
 
 

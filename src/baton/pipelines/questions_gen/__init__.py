@@ -1,0 +1,1 @@
+"""questions_gen: a generator of competition mathematics problems."""
