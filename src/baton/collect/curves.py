@@ -70,10 +70,7 @@ def _draw_curve(axes: Axes, result: Result, text: Text, *, width: int) -> None:
         scale.set_ylabel(name, color=_SCORE)
         scale.set_ylim(bottom=0)
     if result.record:
-        training = result.record.training
-        # Curves of several stages stand end to end; these figures are of the last one.
-        before = max(0.0, float(train[-1, 0]) - training.steps) if len(train) else 0.0
-        axes.axvline(before + training.best_step, color=QUIET, linestyle="--", linewidth=1)
+        axes.axvline(result.record.training.best_step, color=QUIET, linestyle="--", linewidth=1)
     state = "" if result.record else f" ({result.state})"
     name = text(result.name, max(8, width - len(state)))
     axes.set_title(text.plain(f"{name}{state}"), loc="left", size=9.5)

@@ -73,7 +73,7 @@ class Exam:
             `generate`.
         exact: an answer must not depend by a rounding error on those that are written beside it.
         stage: the one whose best checkpoint answers.
-        before: stages that trained before it; curves show them end to end.
+        before: stages that trained before it; curves and figures count them in.
         curves: figures of logged steps that reports show beside the loss.
     """
 
@@ -219,7 +219,8 @@ def _score(leg: Leg, ranks: Ranks, exam: Exam, shards: int, best_step: int) -> N
         scores=[decode(ScoreEntry, encode(score)) for score in sheet.scores],
         training=decode(
             TrainingFigures,
-            _training(leg, exam.stages, best_step) | {"adapter_bytes": _adapter_bytes(leg, ranks)},
+            _training(leg, (*exam.before, *exam.stages), best_step)
+            | {"adapter_bytes": _adapter_bytes(leg, ranks)},
         ),
         generation=_figures(config, answered),
         loss_curve=[[line["step"], line["loss"]] for line in curve if "loss" in line],
