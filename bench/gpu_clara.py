@@ -36,10 +36,9 @@ from baton.pipelines.clara.model import ENCODER, ClaraLearner, assemble
 from baton.stage import Alone
 from baton.train import attention
 from baton.train.batch import collate
-from baton.train.batching import pad_multiple
+from baton.train.batching import Whole, pad_multiple
 from baton.train.config import AdapterConfig, TrainConfig
 from baton.train.layers import is_compiled, recompute_layers
-from baton.train.loop import Whole
 from baton.train.precision import Precision
 from baton.train.ranks import Ranks
 

@@ -37,7 +37,7 @@ def run_one(name: str, limits: list[float]) -> None:
     steps = [loop.cursor.at(step) for step in range(STEPS)]
     trials = Trials(
         model=loop.model,
-        loss=loop.loss,
+        part=lambda batch, whole: loop.loss(batch) / whole.labelled,
         precision=loop.precision,
         ranks=loop.ranks,
         batches=loop.batches,

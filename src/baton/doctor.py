@@ -57,7 +57,7 @@ def examine(site: Site, place: Place) -> Iterator[Finding]:
         for name in site.env:
             if name not in os.environ:
                 yield Finding("note", "env", f"{name} is not set here; tasks would not have it")
-        for verdict, about, said in engine_checks(site):
+        for verdict, about, said in engine_checks(site, place.url):
             yield Finding(verdict, about, said)
         return
     from baton.launchers.slurm_checks import cluster_checks

@@ -11,6 +11,7 @@
     │   ├── NewerSchemaError         a record was written by a newer baton
     │   └── NoProgressError          three legs in a row left nothing durable behind
     ├── StoreError                   reading or writing a store failed
+    │   ├── StoreBusy                it is overloaded or out of reach for now
     │   ├── NameMissing              there is nothing under this name
     │   ├── NameTaken                an exclusive write found the name in use
     │   └── DamagedError             bytes are there, but not the ones the manifest promises
@@ -90,6 +91,10 @@ class StoreRefused(StoreError, StopError):
     """A store does not know us, lets us not in, or has no such bucket or repository."""
 
     exit_status = ExitStatus.STOP
+
+
+class StoreBusy(StoreError):
+    """A store is overloaded, broken or out of reach for now; later it may take the same."""
 
 
 class NameMissing(StoreError):

@@ -8,14 +8,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from baton import frozen
-from baton.errors import NameMissing, NameTaken
+from baton.errors import ConfigError, NameMissing, NameTaken
 from baton.pipelines import PIPELINES
 from baton.record import Plan, dump_json
 from baton.runner import task_store
-from baton.store.base import Remote
+from baton.store.base import Remote, check_name
 from baton.store.local import LocalStore
-from baton.store.mirror import CANCELLED, Mirror
+from baton.store.mirror import Mirror
 from baton.store.open import is_remote, local_folder, open_remote
+from baton.store.patience import IMPATIENT, Patience
+from baton.store.task_names import CANCELLED
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,12 +35,12 @@ class Place:
     remote: Remote | None = None
 
     @classmethod
-    def open(cls, url: str) -> Place:
+    def open(cls, url: str, patience: Patience = IMPATIENT) -> Place:
         """Raises `ConfigError` or `StoreRefused` when there is no such place."""
         root = local_folder(url)
         if not is_remote(url):
             return cls(url=str(root), root=root)
-        return cls(url=url, root=root, remote=open_remote(url))
+        return cls(url=url, root=root, remote=open_remote(url, patience))
 
     def mirror(self, plan: Plan, task: str) -> Mirror | None:
         """The two sides of a task; None if the folder is the store."""
@@ -63,6 +65,12 @@ class Place:
         self._bring_plan(plan)
         return path
 
+    def keep(self, plan: Plan) -> None:
+        """Store a frozen plan that lies elsewhere, so that other machines find it."""
+        if self.remote is not None:
+            with contextlib.suppress(NameTaken):
+                self.remote.write(self._plan_name(plan), plan.to_json(), exclusive=True)
+
     def refresh(self, plan: Plan, tasks: Sequence[str]) -> None:
         """Bring the plan, and the records of tasks that are not at work here, for people to see."""
         if self.remote is None:
@@ -75,6 +83,34 @@ class Place:
             mirror = self.mirror(plan, task)
             if mirror is not None:
                 mirror.refresh(stages)
+
+    def bring(self, plan: Plan, task: str, *, checkpoints: int | None = None) -> None:
+        """Bring what the store has of a task, with its newest `checkpoints` (0: all of them).
+
+        Nothing beneath a leg that is at work here: it has brought, or made, all there is.
+        """
+        mirror = self.mirror(plan, task)
+        if mirror is None:
+            return
+        with mirror.hold() as is_held:
+            if is_held:
+                mirror.pull(PIPELINES[plan.pipeline]().stage_names)
+                if checkpoints is not None:
+                    mirror.bring_checkpoints(checkpoints)
+
+    def find_plan(self, name: str) -> Path:
+        """A frozen plan by its name in this store, `EXPERIMENT/DIGEST/plan.json`, brought here.
+
+        Raises:
+            ConfigError: there is none of this name.
+        """
+        path = self.root / check_name(name)
+        if self.remote is not None:
+            with contextlib.suppress(NameMissing):
+                LocalStore(path.parent).write(frozen.FILE, self.remote.read(name))
+        if not path.exists():
+            raise ConfigError(f"there is no plan {name}, neither here nor in {self.url}")
+        return path
 
     def versions(self, experiment: str) -> list[str]:
         """Digests of every plan of an experiment."""

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import sys
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 from baton.config.site import load_site
-from baton.errors import ConfigError
+from baton.errors import ConfigError, ExitStatus, StoreBusy
 from baton.handover import StopSignal
+from baton.store.patience import Patience
+
+# How long a leg waits for a store in trouble where it can do nothing without it. One that trains
+# goes on training, however long it lasts.
+_STORE_SECONDS = 300.0
 
 
 def listen() -> StopSignal:
@@ -21,6 +28,23 @@ def listen() -> StopSignal:
     except ValueError:
         raise ConfigError(f"BATON_GRACE_SECONDS={text}: expected a number of seconds") from None
     return StopSignal(grace_seconds=grace).install()
+
+
+def patience_until(stop: StopSignal) -> Patience:
+    """Minutes for a remote store in trouble, but none once somebody wants the machine back."""
+    return Patience(seconds=_STORE_SECONDS, should_stop=lambda: stop.is_set)
+
+
+@contextlib.contextmanager
+def stopping_is_no_failure(stop: StopSignal) -> Iterator[None]:
+    """End as handed over, and not as failed, when a signal cuts the wait for a store short."""
+    try:
+        yield
+    except StoreBusy as error:
+        if not stop.is_set:
+            raise
+        logging.getLogger("baton").warning("%s asked to stop before it began: %s", stop.name, error)
+        sys.exit(ExitStatus.HANDED_OVER)
 
 
 def limit_threads(site: str) -> None:

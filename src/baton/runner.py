@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from baton.claim import claim
 from baton.config.decode import decode
-from baton.errors import BatonError, ConfigError, ExitStatus, FencedError, StoreError
+from baton.errors import BatonError, ConfigError, ExitStatus, FencedError, StoreBusy, StoreError
 from baton.handover import StopSignal
 from baton.legs import Legs, this_runner, utc_now
 from baton.pipelines import PIPELINES
@@ -19,14 +20,13 @@ from baton.plan import files_of, fingerprint
 from baton.record import LegRecord, LegState, Plan, TaskPlan, dump_json, replace
 from baton.stage import PROGRESS_EVERY_SECONDS, Alone, Leg, Outcome, Peers, Stage
 from baton.store.local import LocalStore
-from baton.store.mirror import CANCELLED, Mirror, position_of
+from baton.store.mirror import Mirror
 from baton.store.publish import EVAL_RECORD, publish
+from baton.store.task_names import CANCELLED, position_of
 from baton.store.upload import Uploader, within
 
 log = logging.getLogger(__name__)
 
-# How often a leg that waits for another machine's to fall silent looks into a remote store.
-_LOOK_SECONDS = 5.0
 # What a failed leg, and the record of an ended one, may take to reach a remote store.
 _LAST_SECONDS = 15.0
 
@@ -90,6 +90,10 @@ class TaskRunner:
                     outcome = self._run_stages(leg, stages)
                 except BaseException as error:
                     raised = self._reason_behind(leg, error)
+                    if isinstance(raised, StoreBusy) and self.stop.is_set:
+                        # The store was waited for when somebody wanted the machine back.
+                        log.warning("nothing to save: %s", raised)
+                        return self._end(legs, leg, Outcome.HANDED_OVER)
                     self._close(legs, leg, "failed", f"{type(raised).__name__}: {raised}", raised)
                     if raised is error:
                         raise
@@ -111,7 +115,7 @@ class TaskRunner:
         refused: BatonError | None = None
         if peers.rank == 0:
             try:
-                record = self._claim(legs, record)
+                record = claim(record, legs, self.mirror, self.stages, self.stop)
                 self.store.sweep()
             except BatonError as error:
                 refused = error
@@ -140,20 +144,6 @@ class TaskRunner:
                 os.environ.get("BATON_PROGRESS_SECONDS", PROGRESS_EVERY_SECONDS)
             ),
         )
-
-    def _claim(self, legs: Legs, record: LegRecord) -> LegRecord:
-        """Make the task this leg's, where all machines can see it, and bring what is there."""
-        looks: dict[str, float] = {}
-        if self.mirror is not None:
-            legs = Legs(
-                self.mirror.remote, self.name, self.now, self.mirror.version.lost_after_seconds
-            )
-            looks = {"poll_seconds": _LOOK_SECONDS}
-        legs.wait_for_silence(record, should_stop=lambda: self.stop.is_set, **looks)
-        record = legs.open(record)
-        if self.mirror is not None:
-            self.mirror.pull(self.stages)
-        return record
 
     def _check_fence(self, legs: Legs, number: int) -> None:
         legs.check_fence(number)

@@ -21,7 +21,8 @@ from baton.record import LegRecord, Plan, TaskPlan, dump_json, replace
 from baton.store.base import Store
 from baton.store.checkpoint import Checkpoints, Retention
 from baton.store.local import LocalStore
-from baton.store.mirror import PROGRESS, Mirror
+from baton.store.mirror import Mirror
+from baton.store.task_names import PROGRESS
 from baton.store.upload import Uploader
 
 # Rewriting a small file is cheap, but a stage may report hundreds of times a second.
@@ -124,7 +125,7 @@ class Leg:
             self.amend(durable_step=step)
         else:
             self.uploader.saved(prefix, retention)
-            stored = self.uploader.mirror.durable.get(prefix)
+            stored = self.uploader.mirror.index.durable.get(prefix)
             self.report(durable_step=stored)
             self.amend(durable_step=stored)
 

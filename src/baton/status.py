@@ -12,7 +12,8 @@ from baton.pipelines import PIPELINES
 from baton.record import LegRecord, Plan
 from baton.runner import done_marker, task_store
 from baton.stage import read_progress
-from baton.store.mirror import CANCELLED, durable_step, is_mirror
+from baton.store.mirror_index import durable_step, is_mirror
+from baton.store.task_names import CANCELLED
 
 
 @dataclass(frozen=True, kw_only=True)

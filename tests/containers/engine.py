@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -117,20 +117,26 @@ class Docker:
         if ended.returncode:
             raise NotInstalled(f"{script}: {ended.stderr or ended.stdout}")
 
-    def __call__(self, *words: str, given: str | None = None) -> Ended:
+    def __call__(
+        self,
+        *words: str,
+        given: str | None = None,
+        environment: Mapping[str, str] | None = None,
+        seconds: float = PATIENCE_SECONDS,
+    ) -> Ended:
         ended = subprocess.run(
             ["docker", *words],
-            env=self.environment,
+            env=self.environment | dict(environment or {}),
             input=given,
             capture_output=True,
             text=True,
-            timeout=PATIENCE_SECONDS,
+            timeout=seconds,
             check=False,
         )
         return Ended(ended.returncode, ended.stdout, ended.stderr)
 
-    def must(self, *words: str) -> str:
-        ended = self(*words)
+    def must(self, *words: str, **named: Any) -> str:
+        ended = self(*words, **named)
         assert ended.status == 0, f"docker {' '.join(words)}: {ended.err}"
         return ended.out.strip()
 
@@ -179,14 +185,18 @@ class Project:
     def site(self, name: str, more: str = "") -> None:
         (self.home / "launch" / f"{name}.yaml").write_text(SITE + more, encoding="utf-8")
 
-    def __call__(self, *words: str, **environment: str) -> Ended:
-        process = self.start(*words, **environment)
+    def __call__(self, *words: str, store: str | None = "", **environment: str) -> Ended:
+        process = self.start(*words, store=store, **environment)
         out, err = process.communicate(timeout=PATIENCE_SECONDS)
         return Ended(process.returncode, out, err)
 
-    def start(self, *words: str, **environment: str) -> subprocess.Popen[str]:
+    def start(
+        self, *words: str, store: str | None = "", **environment: str
+    ) -> subprocess.Popen[str]:
+        """`baton …` with this project's store, another (`store`), or (None) without the option."""
+        place = [] if store is None else ["--store", store or str(self.store)]
         process = subprocess.Popen(
-            [sys.executable, "-m", "baton", *words, "--store", str(self.store)],
+            [sys.executable, "-m", "baton", *words, *place],
             env=self.docker.environment
             | {
                 "BATON_HOME": str(self.home),

@@ -302,7 +302,7 @@ def test_a_reader_never_sees_half_a_write(store: Store, kind: str) -> None:
     for writer in writers:
         assert writer.wait() == 0
         writer.communicate()
-    assert reads > 10
+    assert reads > 2
     assert list(store.names()) == ["shared/value"]
 
 

@@ -59,6 +59,11 @@ monmaptool --create --clobber --fsid "$cluster" --addv a "[v1:127.0.0.1:$monitor
   "$folder/monmap" > /dev/null
 ceph-mon "${conf[@]}" --mkfs -i a --monmap "$folder/monmap" --auth-supported none
 ceph-mon "${conf[@]}" -i a --setuser root --setgroup root
+# On a busy machine the monitor takes a while to let anybody in.
+for _ in $(seq 60); do
+  timeout 5 ceph "${conf[@]}" mon stat > /dev/null 2>&1 && break
+  sleep 0.5
+done
 disk=$(cat /proc/sys/kernel/random/uuid)
 timeout 30 ceph "${conf[@]}" osd new "$disk" 0 > /dev/null
 ceph-osd "${conf[@]}" -i 0 --mkfs --osd-uuid "$disk" > /dev/null 2>&1

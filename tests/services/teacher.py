@@ -224,22 +224,6 @@ def berkeley(prompt: str) -> str:
     return f"The document says {begin}{start}{end}, and so it is.\n<ANSWER>: {start.split()[0]}"
 
 
-def competition(prompt: str) -> str:
-    """Answers what questions_gen asks: scores, a better problem, a variation; all in JSON."""
-    number = int(hashlib.sha256(prompt.encode()).hexdigest()[:6], 16) % 90 + 10
-    if prompt.startswith("Judge "):
-        names = re.search(r"each of (.*?)\.\n", prompt)
-        assert names is not None, "the criteria are named"
-        scores = dict.fromkeys(names[1].split(", "), 5 + number % 5)
-        return f"Here it is:\n```json\n{json.dumps(scores)}\n```"
-    problem = {
-        "problem": f"Compute {number} + {number + 1}.",
-        "answer": 2 * number + 1,
-        "solution": f"{number} + {number + 1} = {2 * number + 1}.",
-    }
-    return json.dumps(problem)
-
-
 _ITEM = re.compile(r"^\[(\d+)\] ", re.MULTILINE)
 
 
@@ -270,6 +254,22 @@ def clara(prompt: str) -> str:
     if not asked_again:
         pairs.append({"question": "What is not in the document?", "answer": "the moon"})
     return json.dumps(pairs, ensure_ascii=False)
+
+
+def competition(prompt: str) -> str:
+    """Answers what questions_gen asks: scores, a better problem, a variation; all in JSON."""
+    number = int(hashlib.sha256(prompt.encode()).hexdigest()[:6], 16) % 90 + 10
+    if prompt.startswith("Judge "):
+        names = re.search(r"each of (.*?)\.\n", prompt)
+        assert names is not None, "the criteria are named"
+        scores = dict.fromkeys(names[1].split(", "), 5 + number % 5)
+        return f"Here it is:\n```json\n{json.dumps(scores)}\n```"
+    problem = {
+        "problem": f"Compute {number} + {number + 1}.",
+        "answer": 2 * number + 1,
+        "solution": f"{number} + {number + 1} = {2 * number + 1}.",
+    }
+    return json.dumps(problem)
 
 
 def main() -> None:

@@ -39,13 +39,13 @@ data:
 adapter: {r: 64, alpha: 128, dropout: 0.0}
 stage1:
   max_length: 512
-  train: &train {epochs: 120, batch_samples: 16, micro_batch: 16, learning_rate: 2e-3,
+  train: &train {epochs: 60, batch_samples: 16, micro_batch: 16, learning_rate: 2e-3,
     eval_every_steps: 100000, save_every_steps: 1000, log_every_steps: 10}
 stage2:
   max_length: 192
   top_k: 1
   init_decoder: stage1
-  train: {epochs: 30, batch_samples: 16, micro_batch: 16, learning_rate: 1e-3,
+  train: {epochs: 20, batch_samples: 16, micro_batch: 16, learning_rate: 1e-3,
     eval_every_steps: 100000, save_every_steps: 1000, log_every_steps: 10}
 stage3:
   max_length: 192
@@ -102,7 +102,7 @@ def _pretrain(rows: list[dict], folder: Path, *, steps: int = 300) -> None:
     config = AutoConfig.for_model(
         "qwen2", **SIZE, num_attention_heads=4, num_key_value_heads=2, vocab_size=len(tokenizer),
         max_position_embeddings=512, pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id, bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id, bos_token_id=None, initializer_range=0.1,
     )  # fmt: skip
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)

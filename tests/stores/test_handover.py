@@ -292,6 +292,59 @@ def test_training_goes_on_while_the_store_is_in_trouble_and_the_next_save_recove
     assert_identical(s3.on_empty_machine(here, tmp_path / "end"), lab.reference(here))
 
 
+def test_a_leg_waits_for_a_store_that_is_busy_longer_than_libraries_ask(
+    lab: Lab, far: Far, tmp_path: Path
+) -> None:
+    here = lab.task(url=far.url())
+    leg = lab.start(here)
+    wait_for(leg, r"stored .* step=\d+ ")
+    leg.kill()
+    leg.wait()
+    there = moved(lab, here)
+    # At its first look and at its claim. boto3 gives up after 5 tries, the Hub's store after 6.
+    method, path = {"s3": ("GET", "list-type"), "hub": ("POST", "/commit/")}[far.kind]
+    busy = far.proxy.rule(action="status", status=503, method=method, path=path, times=8)
+    leg = lab.run(there)
+    assert busy.hits == 8
+    assert "waiting for the store" in leg.text
+    assert_identical(far.on_empty_machine(there, tmp_path / "end"), lab.reference(here))
+
+
+def test_a_leg_that_brings_much_says_that_it_lives(lab: Lab, s3: Far) -> None:
+    here = lab.task(url=s3.url())
+    leg = lab.start(here)
+    wait_for(leg, r"stored .* step=\d+ ")
+    leg.kill()
+    leg.wait()
+    remote = s3.mirror(here).remote
+    before = json.loads(remote.read("progress.json"))["time"]
+    there = moved(lab, here)
+    slow = s3.proxy.rule(action="delay", method="GET", path="/blobs/", seconds=25)
+    leg = lab.start(there)
+    wait_until(leg, lambda: slow.hits, "data were on their way")
+    heard = lambda: json.loads(remote.read("progress.json"))["time"] > before  # noqa: E731
+    wait_until(leg, heard, "the leg said that it lives")
+    assert "stage started" not in leg.text, "it is still bringing what it needs"
+    assert leg.wait() == 0, leg.text[-2000:]
+
+
+def test_a_signal_ends_the_wait_for_a_busy_store_and_is_no_failure(lab: Lab, s3: Far) -> None:
+    here = lab.task(url=s3.url())
+    leg = lab.start(here)
+    wait_for(leg, r"stored .* step=\d+ ")
+    leg.kill()
+    leg.wait()
+    there = moved(lab, here)
+    s3.proxy.rule(action="status", status=503, method="GET", path="/blobs/", times=10**6)
+    leg = lab.start(there)
+    wait_for(leg, "waiting for the store")
+    leg.kill(signal.SIGTERM)
+    assert leg.wait() == 75, leg.text[-2000:]
+    s3.proxy.clear()
+    assert "resumed " in lab.run(there).text
+    assert [record["state"] for record in there.legs()] == ["lost", "handed_over", "finished"]
+
+
 def test_two_ranks_with_a_store_in_trouble_wait_for_nobody(
     lab: Lab, s3: Far, tmp_path: Path
 ) -> None:

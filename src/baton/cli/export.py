@@ -26,6 +26,7 @@ def export(task: str, out: str, settings: tuple[str, ...], site: str, store: str
 
     target = Target.submitted(task, settings, site, store)
     name = target.one_task("export")
+    target.place.bring(target.plan, name)
     place = task_store(target.root, target.plan, name)
     about: Any = {
         "task": f"{target.plan.experiment}/{name}",

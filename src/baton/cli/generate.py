@@ -87,9 +87,7 @@ def _answerer(task: str, settings: tuple[str, ...], site: str, store: str | None
     target = Target.submitted(task, settings, site, store)
     meant = target.plan.task(target.one_task("generate"))
     place = task_store(target.root, target.plan, meant.name)
-    if (mirror := target.place.mirror(target.plan, meant.name)) is not None:
-        mirror.pull(PIPELINES[target.plan.pipeline]().stage_names)
-        mirror.bring_checkpoints()
+    target.place.bring(target.plan, meant.name, checkpoints=0)
     name = f"{target.plan.experiment}/{meant.name}"
     stages = PIPELINES[target.plan.pipeline]().training_stages
     if not any(place.root.glob(f"{stages[-1]}/checkpoints/*/manifest.json")):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import sys
 
@@ -50,15 +51,18 @@ def run(
 ) -> None:
     """Work on one task: what a container, a Slurm job or the local launcher executes.
 
-    PLAN is a plan.json, or what EXP is elsewhere. Exits with 0 when the task is finished, 75 when
-    it was handed over (run the same again), 78 when running again cannot help.
+    PLAN is a plan.json (a file, or its name inside --store), or what EXP is elsewhere. Exits with
+    0 when the task is finished, 75 when it was handed over (run the same again), 78 when running
+    again cannot help.
     """
     # Before any slow import: a signal may come while torch loads.
     from baton.process import (
         limit_threads,
         listen,
         log_to_stdout,
+        patience_until,
         prepare_gpu_memory,
+        stopping_is_no_failure,
         warn_of_a_passing_store,
     )
 
@@ -79,9 +83,11 @@ def run(
     if task is None and not plan_or_exp.endswith(".json"):
         # Before freezing asks a hub about anything.
         task = Target.fresh(plan_or_exp, settings, site, store).one_task("run")
-    target = Target.frozen(plan_or_exp, settings, site, store)
+    with stopping_is_no_failure(stop):
+        target = Target.frozen(plan_or_exp, settings, site, store, patience_until(stop))
     task = task or target.one_task("run")
-    warn_of_a_passing_store(target.root)
+    if target.place.remote is None:
+        warn_of_a_passing_store(target.root)
     runner = TaskRunner(
         plan=target.plan,
         task=target.plan.task(task),
@@ -92,13 +98,13 @@ def run(
         allow_changed=allow_changed,
         until=stage,
     )
-    if sys.stdout.isatty():
-        from baton.console import Bars
+    with contextlib.ExitStack() as around:
+        around.enter_context(stopping_is_no_failure(stop))
+        if sys.stdout.isatty():
+            from baton.console import Bars
 
-        with Bars() as bars:
+            bars = around.enter_context(Bars())
             runner.on_progress = lambda values: bars.progress(task, values)
-            status = runner.run()
-    else:
         status = runner.run()
     sys.exit(status)
 
@@ -117,8 +123,7 @@ def verify_resume(task: str, settings: tuple[str, ...], site: str, store: str | 
     prepare_gpu_memory()
     target = Target.submitted(task, settings, site, store)
     meant = target.plan.task(target.one_task("verify-resume"))
-    if (mirror := target.place.mirror(target.plan, meant.name)) is not None:
-        mirror.bring_checkpoints(last=2)
+    target.place.bring(target.plan, meant.name, checkpoints=2)
     stop = listen()
     quiet_libraries()
     logging.basicConfig(level=logging.WARNING, format="%(message)s")

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from baton.place import Place
     from baton.record import Plan
     from baton.status import TaskStatus
+    from baton.store.patience import Patience
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +65,12 @@ class Target:
 
     @classmethod
     def frozen(
-        cls, plan_or_exp: str, settings: Sequence[str], site: str, store: str | None
+        cls,
+        plan_or_exp: str,
+        settings: Sequence[str],
+        site: str,
+        store: str | None,
+        patience: Patience | None = None,
     ) -> Target:
         """The frozen plan that PLAN names, in the store it lies in; an experiment is frozen now."""
         from baton.frozen import read, root_of
@@ -73,12 +79,18 @@ class Target:
         path, place = Path(plan_or_exp), None
         if path.suffix != ".json":
             fresh, _ = plan_of(plan_or_exp, settings)
-            place = open_place(site, store)
+            place = open_place(site, store, patience)
             path = place.freeze(fresh)
+        elif not path.exists() and store is not None:
+            place = open_place(site, store, patience)
+            path = place.find_plan(plan_or_exp)
         plan = read(path)
         if place is None:
             here = store is None
-            place = Place.open(str(root_of(path, plan))) if here else open_place(site, store)
+            place = (
+                Place.open(str(root_of(path, plan))) if here else open_place(site, store, patience)
+            )
+            place.keep(plan)
         return cls(plan=plan, tasks=[task.name for task in plan.tasks], site_name=site, place=place)
 
     def refresh(self, tasks: Sequence[str] | None = None) -> None:
@@ -150,9 +162,10 @@ def plan_of(exp: str, settings: Sequence[str]) -> tuple[Plan, list[str]]:
     return plan, [selection.task] if selection.task else names
 
 
-def open_place(site: str, store: str | None) -> Place:
+def open_place(site: str, store: str | None, patience: Patience | None = None) -> Place:
     """A site's store, or the store that `--store` names."""
     from baton.config.site import load_site
     from baton.place import Place
+    from baton.store.patience import IMPATIENT
 
-    return Place.open(load_site(site).store if store is None else store)
+    return Place.open(load_site(site).store if store is None else store, patience or IMPATIENT)

@@ -55,7 +55,7 @@ class Engine:
     back.
 
     Args:
-        model: the model or PEFT model, in eval mode, on one device.
+        model: the model or PEFT model, on one device.
         most_tokens: of prompt and answer together.
         max_new_tokens: of an answer.
         ends: tokens that end an answer; they are part of it.
@@ -117,6 +117,8 @@ class Engine:
             raise ValueError(f"a prompt of {longest} tokens: made for {self.most_tokens} in all")
         running: list[_Running] = []
         waiting = 0
+        was_training = self.model.training
+        self.model.eval()
         try:
             with adapters_held(self.model), plain_layers(self.network):
                 while waiting < len(requests) or running:
@@ -129,6 +131,7 @@ class Engine:
                         ended = self._ended(running)
                     yield from ended
         finally:
+            self.model.train(was_training)
             for sequence in running:
                 self.pages.give_back(sequence.pages)
             with torch.inference_mode():

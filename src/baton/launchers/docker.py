@@ -34,7 +34,8 @@ from baton.pipelines import PIPELINES
 from baton.record import dump_json
 from baton.runner import task_prefix, task_store
 from baton.status import TaskStatus, status_of
-from baton.store.mirror import CANCELLED
+from baton.store.open import is_remote
+from baton.store.task_names import CANCELLED
 
 
 @dataclass
@@ -75,7 +76,7 @@ class DockerLauncher:
                 image=image,
                 place=place,
                 gpus=self._gpus(image, view),
-                user=self._user(info),
+                user=self._user(info, request),
                 engine_id=str(info["ID"]),
                 containers=self._containers(request),
             )
@@ -112,7 +113,7 @@ class DockerLauncher:
                 place,
                 image,
                 task,
-                user=self._user({}),
+                user=self._user({}, request),
                 devices=given,
                 labels=labels_of(request, task, submission=submission, devices=given, log=log),
                 environment=environment_of(
@@ -133,7 +134,7 @@ class DockerLauncher:
             ConfigError, SchedulerError: the engine is not here, or does not answer.
         """
         found = {c.labels[TASK_LABEL]: c for c in self._containers(request)}
-        if self.site.volume is not None:
+        if self.site.volume is not None and not is_remote(request.store_url):
             statuses = self._refreshed(request, statuses)
         return [
             self._joined(request, status, found[status.task]) if status.task in found else status
@@ -206,11 +207,11 @@ class DockerLauncher:
             )
         return gpus
 
-    def _user(self, info: dict[str, object]) -> str | None:
+    def _user(self, info: dict[str, object], request: Request) -> str | None:
         """Who a container runs as: what it writes into a folder is to belong to who submits."""
         if self.site.user != "auto":
             return self.site.user
-        if self.site.volume is not None:
+        if self.site.volume is not None or is_remote(request.store_url):
             return None
         # A rootless engine's root is the person who started it.
         if "name=rootless" in str(info.get("SecurityOptions", "")):

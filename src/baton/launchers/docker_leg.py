@@ -14,7 +14,7 @@ from pathlib import Path
 from baton.config.docker_site import DockerSite
 from baton.launchers.base import Request
 from baton.launchers.docker_engine import Container, Image, env_file
-from baton.launchers.docker_place import HOME, RUNS, Place
+from baton.launchers.docker_place import HOME, Place
 from baton.record import LegRecord
 
 PLAN_LABEL = "baton.plan"
@@ -31,7 +31,7 @@ _SHARED_MEMORY = "16g"
 
 def plan_label(request: Request) -> str:
     """What all containers of a plan in a store have in common, whoever started them."""
-    where = hashlib.sha256(str(request.store_root).encode()).hexdigest()[:8]
+    where = hashlib.sha256(request.store_url.encode()).hexdigest()[:8]
     return f"{request.plan.experiment}/{request.plan.digest}/{where}"
 
 
@@ -62,8 +62,6 @@ def words_of(
         words += ["--mount", f"type=bind,source={site.cache},target=/cache"]
     else:
         words += ["--mount", f"type=volume,source={site.cache},target=/cache"]
-    for mount in site.mounts:
-        words += ["--volume", mount]
     if devices:
         # One word with quotes inside: Docker splits what is not quoted at commas.
         words += ["--gpus", f'"device={",".join(map(str, devices))}"']
@@ -71,23 +69,30 @@ def words_of(
         words += ["--shm-size", _SHARED_MEMORY]
     if user is not None:
         words += ["--user", user]
-    if site.network is not None:
-        words += ["--network", site.network]
     if site.memory_gb is not None:
         words += ["--memory", f"{round(site.memory_gb * 1024)}m"]
     for name, value in environment.items():
         words += ["--env", f"{name}={value}"]
+    words += access_words(site)
+    plan, store = place.names(request)
+    run = ["run", plan, "--task", task, "--store", store]
+    if site.processes > 1:
+        run += ["--processes", str(site.processes)]
+    return [*words, *site.flags, image.id, *run]
+
+
+def access_words(site: DockerSite) -> list[str]:
+    """Options that give a container what it needs to reach others: network, names, secrets."""
+    words = [] if site.network is None else ["--network", site.network]
+    for mount in site.mounts:
+        words += ["--volume", mount]
     for name in site.env:
         # A name alone: the client takes the value from its environment, not from its arguments.
         if name in os.environ:
             words += ["--env", name]
     if site.env_file is not None:
         words += ["--env-file", str(env_file(site.env_file))]
-    plan = f"{RUNS}/{request.plan.experiment}/{request.plan.digest}/plan.json"
-    run = ["run", plan, "--task", task, "--store", RUNS]
-    if site.processes > 1:
-        run += ["--processes", str(site.processes)]
-    return [*words, *site.flags, image.id, *run]
+    return words
 
 
 def environment_of(

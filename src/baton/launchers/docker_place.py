@@ -1,4 +1,4 @@
-"""Where a container's `/runs` is: a folder of this machine, or a volume of an engine elsewhere."""
+"""Where containers find a store: in a folder, in a volume of an engine elsewhere, over the net."""
 
 from __future__ import annotations
 
@@ -12,11 +12,13 @@ from typing import Protocol
 
 from baton.config.docker_site import DockerSite
 from baton.config.home import find_file
-from baton.errors import ConfigError, NameMissing
+from baton.errors import ConfigError, NameMissing, SchedulerError, StoreBusy
 from baton.frozen import FILE
 from baton.launchers.base import LOG, Request
 from baton.launchers.docker_engine import Engine
+from baton.place import Place as RemotePlace
 from baton.runner import task_prefix
+from baton.store.base import Remote as RemoteStore
 from baton.store.local import LocalStore
 from baton.store.open import is_remote
 
@@ -31,6 +33,10 @@ class Place(Protocol):
 
     def words(self, request: Request) -> list[str]:
         """Options of `docker run` that let a container see the store and its input files."""
+        ...
+
+    def names(self, request: Request) -> tuple[str, str]:
+        """What containers call the plan and the store."""
         ...
 
     def send(self, request: Request) -> None:
@@ -57,11 +63,10 @@ class Folder:
     root: Path
 
     def words(self, request: Request) -> list[str]:
-        words = _bind(self.root, RUNS)
-        for name, found in _inputs(request).items():
-            target = name if name.startswith("/") else f"{HOME}/{name}"
-            words += _bind(found, target, "readonly")
-        return words
+        return [*_bind(self.root, RUNS), *_bound_inputs(request)]
+
+    def names(self, request: Request) -> tuple[str, str]:
+        return f"{RUNS}/{_plan_name(request)}", RUNS
 
     def send(self, request: Request) -> None:
         """Everything is there; only the folder must exist, or the engine would not mount it."""
@@ -93,8 +98,11 @@ class Volume:
         # An experiment's relative paths are looked for in the working directory first.
         return [*self._mount(), "--workdir", _INPUTS]
 
+    def names(self, request: Request) -> tuple[str, str]:
+        return f"{RUNS}/{_plan_name(request)}", RUNS
+
     def send(self, request: Request) -> None:
-        files = {f"{request.plan.experiment}/{request.plan.digest}/{FILE}": request.plan_path}
+        files = {_plan_name(request): request.plan_path}
         for name, found in _inputs(request).items():
             if name.startswith("/"):
                 raise ConfigError(
@@ -153,20 +161,73 @@ class Volume:
         self._run("sh", "-c", script, given=packed.getvalue())
 
 
+@dataclass(frozen=True)
+class Remote:
+    """A store behind a network, which containers and `baton` reach each by themselves.
+
+    A container's own copy of it lies in the site's cache and outlives it. The records are
+    brought to this machine's copy, and the log, which only the launcher sees, to the store.
+    `inputs` is there where input files have to be copied to the engine's machine.
+    """
+
+    store: RemotePlace
+    inputs: Volume | None
+
+    def words(self, request: Request) -> list[str]:
+        return self.inputs.words(request) if self.inputs else _bound_inputs(request)
+
+    def names(self, request: Request) -> tuple[str, str]:
+        return _plan_name(request), request.store_url
+
+    def send(self, request: Request) -> None:
+        """The plan is in the store already; it was frozen there."""
+        if self.inputs is not None:
+            self.inputs.send(request)
+
+    def put(self, name: str, data: bytes) -> None:
+        LocalStore(self.store.root).write(name, data)
+        self._remote.write(name, data)
+
+    def drop(self, name: str) -> None:
+        LocalStore(self.store.root).delete(name)
+        self._remote.delete(name)
+
+    def fetch(self, request: Request, tasks: Sequence[str], *, whole: bool = True) -> None:
+        """Raises `SchedulerError` while the store is in trouble: containers go on without us."""
+        try:
+            self.store.refresh(request.plan, tasks)
+            for task in tasks if whole else ():
+                name = f"{task_prefix(request.plan, task)}/{LOG}"
+                log = self.store.root / name
+                if log.exists():
+                    self._remote.write(name, log.read_bytes())
+        except StoreBusy as error:
+            raise SchedulerError(str(error)) from error
+
+    @property
+    def _remote(self) -> RemoteStore:
+        assert self.store.remote is not None
+        return self.store.remote
+
+
 def place_of(site: DockerSite, request: Request, engine: Engine, image: str) -> Place:
     """Where the containers of a site keep a request's store.
 
     Raises:
-        ConfigError: the store is remote, or the engine is on another machine and the site names
-            no volume.
+        ConfigError: the engine is on another machine and the site names no volume.
+        StoreRefused: the store behind a network does not let us in.
     """
     root = request.store_root
     if is_remote(request.store_url):
-        raise ConfigError(
-            f"store {request.store_url}: this launcher keeps its store in a folder or a volume;"
-            " with a remote one run the image itself, no launcher needed: docker run … IMAGE run"
-            f" {request.plan.experiment} --task TASK --store {request.store_url}"
-        )
+        needs_copies = engine.is_elsewhere and bool(_inputs(request))
+        if needs_copies and site.volume is None:
+            raise ConfigError(
+                f"the engine at {engine.endpoint} cannot see the input files of this machine"
+                f" ({', '.join(_inputs(request))}): add `volume: baton-runs` to the site, and they"
+                " are copied there"
+            )
+        volume = Volume(root, str(site.volume), engine, image) if needs_copies else None
+        return Remote(RemotePlace.open(request.store_url), volume)
     if site.volume is not None:
         return Volume(root, site.volume, engine, image)
     if engine.is_elsewhere:
@@ -181,6 +242,18 @@ def _inputs(request: Request) -> dict[str, Path]:
     """The input files of a plan that are not in the image, by the names that it has for them."""
     found = {name: find_file(name).absolute() for name in request.plan.fingerprints}
     return {name: path for name, path in found.items() if path.is_file()}
+
+
+def _bound_inputs(request: Request) -> list[str]:
+    """Options that show containers the input files under the names that the plan has for them."""
+    words = []
+    for name, found in _inputs(request).items():
+        words += _bind(found, name if name.startswith("/") else f"{HOME}/{name}", "readonly")
+    return words
+
+
+def _plan_name(request: Request) -> str:
+    return f"{request.plan.experiment}/{request.plan.digest}/{FILE}"
 
 
 def _bind(source: Path, target: str, *more: str) -> list[str]:

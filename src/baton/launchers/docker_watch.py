@@ -28,7 +28,7 @@ from baton.legs import utc_now
 from baton.pipelines import PIPELINES
 from baton.runner import task_prefix, task_store
 from baton.stage import read_progress
-from baton.store.mirror import CANCELLED
+from baton.store.task_names import CANCELLED
 
 _POLL_SECONDS = 0.1
 # A drill must hit its step even in a run whose steps take milliseconds.

@@ -25,7 +25,7 @@ from baton.record import LegRecord, dump_json
 from baton.runner import task_store
 from baton.stage import read_progress
 from baton.status import TaskStatus
-from baton.store.mirror import CANCELLED
+from baton.store.task_names import CANCELLED
 
 _POLL_SECONDS = 0.05
 # A drill must hit its step even in a run whose steps take milliseconds.

@@ -33,7 +33,7 @@ from baton.record import LegRecord, dump_json
 from baton.runner import task_store
 from baton.status import TaskStatus
 from baton.store.local import LocalStore
-from baton.store.mirror import CANCELLED
+from baton.store.task_names import CANCELLED
 
 # A command line has a limit, and a matrix may have thousands of tasks.
 _AT_ONCE = 500

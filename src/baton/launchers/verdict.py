@@ -13,7 +13,7 @@ from baton.legs import Legs, utc_now
 from baton.record import LegRecord
 from baton.runner import task_store
 from baton.store.local import LocalStore
-from baton.store.mirror import CANCELLED
+from baton.store.task_names import CANCELLED
 
 
 @dataclass

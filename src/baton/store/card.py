@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
+from typing import Any
 
 from baton.record import EvalRecord, ScoreEntry
 
@@ -48,7 +50,7 @@ def model_card(
         f"- Base model: `{model['name']}`{revision} ({model.get('source', 'unknown')})",
         f"- Data: {_data(record)}",
         f"- Weights: {loss}; {training.samples:,} samples, {training.tokens:,} tokens,"
-        f" {training.legs} legs",
+        f" {training.legs} leg{'' if training.legs == 1 else 's'}",
         f"- Plan: `{record.digest}`",
         "",
         "## Scores",
@@ -62,7 +64,7 @@ def model_card(
         "## How to load it",
         "",
         *(
-            _loading(model["name"], repository, folder, is_adapter=is_adapter)
+            _loading(_base(model, repository, folder), repository, folder, is_adapter=is_adapter)
             if loading is None
             else [loading.replace("{repository}", repository).replace("{folder}", folder)]
         ),
@@ -99,6 +101,14 @@ def _row(score: ScoreEntry) -> str:
     )
 
 
+def _base(model: Mapping[str, Any], repository: str, folder: str) -> str:
+    """What loads the base model: a random one lies beside, others where they came from."""
+    if model.get("source") == "random":
+        return f'"{repository}", subfolder="{folder.removesuffix("train/final")}base"'
+    revision = f', revision="{model["revision"]}"' if model.get("revision") else ""
+    return f'"{model["name"]}"{revision}'
+
+
 def _loading(base: str, repository: str, folder: str, *, is_adapter: bool) -> list[str]:
     if not is_adapter:
         return [
@@ -112,7 +122,7 @@ def _loading(base: str, repository: str, folder: str, *, is_adapter: bool) -> li
         "```python",
         "from peft import PeftModel",
         "from transformers import AutoModelForCausalLM, AutoTokenizer",
-        f'base = AutoModelForCausalLM.from_pretrained("{base}")',
+        f"base = AutoModelForCausalLM.from_pretrained({base})",
         f'model = PeftModel.from_pretrained(base, "{repository}", subfolder="{folder}")',
         f'tokenizer = AutoTokenizer.from_pretrained("{repository}", subfolder="{folder}")',
         "```",

@@ -12,7 +12,7 @@ from baton.store.archive import BLOBS, Archive, blob_name, is_blob
 from baton.store.base import Batch, Remote, Wanted
 from baton.store.checkpoint import sha256_of
 from baton.store.inventory import VersionContents, contents
-from baton.store.mirror import FILES
+from baton.store.task_names import FILES
 
 
 def copy_version(source: Remote, target: Remote, version: str, said: Callable[[str], None]) -> None:

@@ -13,7 +13,7 @@ from baton.record import FileEntry, FileList, LegRecord
 from baton.store.archive import BLOBS, Archive, blob_name, is_blob
 from baton.store.base import Remote, Wanted
 from baton.store.checkpoint import MANIFEST, verify_file
-from baton.store.mirror import FILES
+from baton.store.task_names import FILES
 
 _VERSION = re.compile(r"(.+/[0-9a-f]{8})/(plan\.json|blobs/.+|tasks/.+)")
 _TASK = re.compile(r"tasks/([^/]+)/(.+)")

@@ -11,83 +11,30 @@ import re
 import shutil
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import astuple, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from baton.errors import DamagedError, FencedError, NameMissing
-from baton.record import FileEntry, FileList, LegRecord, Manifest, dump_json
+from baton.record import FileEntry, FileList, LegRecord, Manifest
 from baton.store.archive import Archive, blob_name, is_blob
 from baton.store.base import Batch, Remote, Wanted, is_name
 from baton.store.checkpoint import MANIFEST, Checkpoints, sha256_of, verify_file
 from baton.store.local import LocalStore
+from baton.store.mirror_index import Changes, Index, Known, entries_of
+from baton.store.task_names import (
+    CHECKPOINT_FILE,
+    DONE,
+    FILES,
+    GROWING,
+    LEG,
+    LOG,
+    PROGRESS,
+    is_mirrored,
+    newest_steps,
+    position_of,
+)
 
-# Files that only grow while a leg works: sent under their own names, again and again.
-_GROWING = re.compile(r"log\.txt|(.*/)?metrics\.jsonl|(.*/)?tensorboard/.*")
-_CHECKPOINTS = re.compile(r"(.+/checkpoints)/step-(\d{6,})/(.+)")
-_LEG = re.compile(r"legs/(\d{3,})\.json")
-_DONE = re.compile(r"([^/]+)/done\.json")
-PROGRESS, LOG, FILES = "progress.json", "log.txt", "files.json"
-CANCELLED = "cancelled.json"
-INDEX, _LOCK, _FETCHED, _SENDING = ".mirror.json", ".mirror.lock", ".fetched", ".sending"
-
-
-def position_of(names: Collection[str], stages: Sequence[str]) -> list[int]:
-    """What is durable of a task: stages done, and of the next one the newest step and shards.
-
-    Grows with every bit of progress; two legs that start at the same position have nothing
-    between them.
-    """
-    done = sum(f"{stage}/done.json" in names for stage in stages)
-    stage = next((s for s in stages if f"{s}/done.json" not in names), None)
-    if stage is None:
-        return [done, 0, 0]
-    steps = newest_steps(names)
-    shards = sum(1 for name in names if re.fullmatch(rf"{re.escape(stage)}/shards/[^/]+", name))
-    return [done, steps.get(f"{stage}/checkpoints", 0), shards]
-
-
-def newest_steps(names: Collection[str]) -> dict[str, int]:
-    """The newest complete step below each folder of checkpoints."""
-    newest: dict[str, int] = {}
-    for name in names:
-        found = _CHECKPOINTS.fullmatch(name)
-        if found and found[3] == MANIFEST:
-            newest[found[1]] = max(int(found[2]), newest.get(found[1], 0))
-    return newest
-
-
-@dataclass(frozen=True)
-class _Known:
-    """A file as it was when it was last the same on both sides; a large one with its content."""
-
-    size: int
-    mtime_ns: int
-    sha256: str = ""
-
-    def is_like(self, other: _Known) -> bool:
-        return (self.size, self.mtime_ns) == (other.size, other.mtime_ns)
-
-
-@dataclass(frozen=True)
-class Changes:
-    """What differs between a folder and its store: files to send, and names to delete there."""
-
-    changed: Mapping[str, _Known]
-    gone: Collection[str]
-
-    @property
-    def is_empty(self) -> bool:
-        return not (self.changed or self.gone)
-
-    def without_markers(self, stages: Collection[str]) -> Changes:
-        """All but the markers of these stages."""
-        held_back = {f"{stage}/done.json" for stage in stages}
-        changed = {n: known for n, known in self.changed.items() if n not in held_back}
-        return Changes(changed, self.gone)
-
-    def finished_stages(self) -> list[str]:
-        """Stages whose marker the store does not have yet."""
-        return [found[1] for name in self.changed if (found := _DONE.fullmatch(name))]
+_LOCK, _FETCHED, _SENDING = ".mirror.lock", ".fetched", ".sending"
 
 
 class Mirror:
@@ -105,9 +52,7 @@ class Mirror:
         self.prefix = f"tasks/{task}"
         self.remote = remote.below(self.prefix)
         self.task = task
-        self.durable: dict[str, int] = {}
-        self._index: dict[str, _Known] = {}
-        self._read_index()
+        self.index = Index.read(local)
         self._manifests: dict[str, Manifest] = {}
 
     # --- bringing things here -----------------------------------------------------------
@@ -122,7 +67,8 @@ class Mirror:
         self._pull_legs(listed)
         here = set(self.local.names())
         files = self._remote_files(listed)
-        plain = [name for name in listed if _is_mirrored(name)]
+        # The log is joined further down: a launcher here may have it open.
+        plain = [name for name in listed if is_mirrored(name) and name != LOG]
         wanted = list(files.values())
         if position_of(here, stages) >= position_of(listed, stages):
             plain = []
@@ -130,14 +76,15 @@ class Mirror:
         if not with_blobs:
             wanted = [entry for entry in wanted if entry.name.endswith(".json")]
         self._bring_blobs(wanted)
-        for name in sorted(plain, key=lambda name: bool(_DONE.fullmatch(name))):
+        for name in sorted(plain, key=lambda name: bool(DONE.fullmatch(name))):
             self._bring(name)
         if LOG in listed:
             self._join_log()
         if PROGRESS in listed and PROGRESS not in here:
             self._bring(PROGRESS)
-        self._note(listed)
-        self.write_index()
+        self.index.forget_all_but({*listed, *self._remote_files(listed)})
+        self.index.durable = newest_steps(listed)
+        self.index.write()
 
     def refresh(self, stages: Sequence[str]) -> None:
         """As `pull`, for people: records only, and never beneath a leg that is at work here."""
@@ -175,7 +122,7 @@ class Mirror:
 
     def _pull_legs(self, listed: Mapping[str, int]) -> None:
         for name in listed:
-            if not _LEG.fullmatch(name):
+            if not LEG.fullmatch(name):
                 continue
             path = self.local.path(name)
             if path.exists() and json.loads(path.read_bytes()).get("state") != "active":
@@ -184,7 +131,7 @@ class Mirror:
 
     def _bring(self, name: str) -> None:
         self.local.write(name, self.remote.read(name))
-        self._index[name] = _known(self.local.path(name))
+        self.index.files[name] = Known.of(self.local.path(name))
 
     def _bring_blobs(self, entries: Sequence[FileEntry]) -> None:
         """Fetch large finished files; what an earlier try left is gone on from."""
@@ -204,7 +151,7 @@ class Mirror:
         for entry in missing:
             self.local.delete(entry.name)
             self.local.upload(folder / entry.sha256, entry.name)
-            self._index[entry.name] = _known(self.local.path(entry.name), entry.sha256)
+            self.index.files[entry.name] = Known.of(self.local.path(entry.name), entry.sha256)
         shutil.rmtree(folder, ignore_errors=True)
 
     def _is_same(self, entry: FileEntry) -> bool:
@@ -212,7 +159,7 @@ class Mirror:
         path = self.local.path(entry.name)
         if not path.exists() or path.stat().st_size != entry.size:
             return False
-        is_known = self._index.get(entry.name) == _known(path, entry.sha256)
+        is_known = self.index.files.get(entry.name) == Known.of(path, entry.sha256)
         return is_known or sha256_of(path) == entry.sha256
 
     def _join_log(self) -> None:
@@ -304,7 +251,7 @@ class Mirror:
 
     def manifests(self) -> dict[str, Manifest]:
         """Every manifest of the version in the store; each is read once, for they never change."""
-        names = {n for n in self.version.names("tasks") if _CHECKPOINTS.fullmatch(n)}
+        names = {n for n in self.version.names("tasks") if CHECKPOINT_FILE.fullmatch(n)}
         wanted = {name for name in names if name.endswith(f"/{MANIFEST}")}
         for name in wanted - self._manifests.keys():
             with contextlib.suppress(NameMissing):
@@ -317,16 +264,7 @@ class Mirror:
 
     def changes(self) -> Changes:
         """Files of this folder that the store does not have as they are now."""
-        here = {
-            name: _known(self.local.path(name)) for name in self.local.names() if _is_mirrored(name)
-        }
-        changed = {
-            name: known
-            for name, known in here.items()
-            if name not in self._index or not known.is_like(self._index[name])
-        }
-        gone = {name for name in self._index if name not in here and _is_mirrored(name)}
-        return Changes(changed, gone)
+        return self.index.changes()
 
     def send(
         self,
@@ -347,21 +285,16 @@ class Mirror:
         last: dict[str, bytes | Path] = {}
         for name, known in changes.changed.items():
             path = self.local.path(name)
-            if is_blob(self.version, known.size) and not _GROWING.fullmatch(name):
+            if is_blob(self.version, known.size) and not GROWING.fullmatch(name):
                 sent[name] = replace(known, sha256=sha256_of(path))
                 blobs[blob_name(sent[name].sha256)] = path
             else:
                 # What grows is sent as it is at this moment.
-                data = path.read_bytes() if _GROWING.fullmatch(name) else path
-                (last if _DONE.fullmatch(name) else writes)[f"{self.prefix}/{name}"] = data
-        index = {n: known for n, known in self._index.items() if n not in changes.gone} | sent
-        entries = [
-            FileEntry(name=name, size=known.size, sha256=known.sha256)
-            for name, known in sorted(index.items())
-            if known.sha256
-        ]
-        if blobs or any(self._index[name].sha256 for name in changes.gone):
-            writes[f"{self.prefix}/{FILES}"] = FileList(files=entries).to_json()
+                data = path.read_bytes() if GROWING.fullmatch(name) else path
+                (last if DONE.fullmatch(name) else writes)[f"{self.prefix}/{name}"] = data
+        files = self.index.after(changes, sent)
+        if blobs or any(self.index.files[name].sha256 for name in changes.gone):
+            writes[f"{self.prefix}/{FILES}"] = FileList(files=entries_of(files)).to_json()
         batch = checkpoint or Batch(message=f"{self.task}: records of leg {lease.number}")
         batch = replace(
             batch,
@@ -372,8 +305,8 @@ class Mirror:
             urgent=urgent,
         )
         self.commit(batch, lease)
-        self._index = index
-        self.write_index()
+        self.index.files = files
+        self.index.write()
 
     def commit(self, batch: Batch, lease: LegRecord) -> None:
         """Make a batch of changes as the leg that owns the task, and say that it lives.
@@ -408,36 +341,12 @@ class Mirror:
         )
 
     def _check_owner(self, number: int) -> None:
-        legs = (_LEG.fullmatch(name) for name in self.remote.names("legs"))
+        legs = (LEG.fullmatch(name) for name in self.remote.names("legs"))
         newest = max((int(found[1]) for found in legs if found), default=number)
         if newest > number:
             raise FencedError(
                 f"{self.task}: leg {newest} has taken over from leg {number}; this one stops"
             )
-
-    # --- what both sides are known to have ----------------------------------------------
-
-    def write_index(self) -> None:
-        """Note what both sides have; after a loss of it small files are sent again, no more."""
-        values = {
-            "durable": self.durable,
-            "files": {name: list(astuple(known)) for name, known in sorted(self._index.items())},
-        }
-        self.local.write(INDEX, dump_json(values))
-
-    def _read_index(self) -> None:
-        try:
-            values = json.loads(self.local.read(INDEX))
-            self.durable = {str(k): int(v) for k, v in values["durable"].items()}
-            self._index = {str(name): _Known(*row) for name, row in values["files"].items()}
-        except (NameMissing, ValueError, KeyError, TypeError, AttributeError):
-            self.durable, self._index = {}, {}
-
-    def _note(self, listed: Collection[str]) -> None:
-        """Believe the store, not the index, about what the store has."""
-        stored = {*listed, *(entry for entry in self._remote_files(listed))}
-        self._index = {name: known for name, known in self._index.items() if name in stored}
-        self.durable = newest_steps(listed)
 
     def _remote_files(self, listed: Collection[str]) -> dict[str, FileEntry]:
         """The files that lie in the store under their content's name."""
@@ -466,31 +375,3 @@ class _Elsewhere:
 
     def set_aside(self, step: int, reason: str) -> None:
         self.mirror.archive(self.checkpoints.prefix).set_aside(step, reason)
-
-
-def durable_step(folder: Path, prefix: str) -> int | None:
-    """The newest step of a stage in the store that `folder` mirrors, as last seen from here."""
-    try:
-        values = json.loads((folder / INDEX).read_bytes())["durable"]
-    except (FileNotFoundError, ValueError, KeyError):
-        return None
-    step = values.get(prefix)
-    return None if step is None else int(step)
-
-
-def is_mirror(folder: Path) -> bool:
-    """Does this task's folder mirror one in a remote store?"""
-    return (folder / INDEX).exists()
-
-
-def _known(path: Path, sha256: str = "") -> _Known:
-    found = path.stat()
-    return _Known(found.st_size, found.st_mtime_ns, sha256)
-
-
-def _is_mirrored(name: str) -> bool:
-    """Files that are sent as they are; checkpoints, legs and heartbeats go their own ways."""
-    hidden = any(part.startswith(".") for part in name.split("/"))
-    own_way = _CHECKPOINTS.fullmatch(name) or _LEG.fullmatch(name)
-    aside = name in (PROGRESS, FILES, CANCELLED) or name.endswith(".part")
-    return not (hidden or own_way or aside)

@@ -9,6 +9,7 @@ from baton.config.home import scratch_folder
 from baton.errors import ConfigError
 from baton.store.base import Remote, Store
 from baton.store.local import LocalStore
+from baton.store.patience import IMPATIENT, Patience
 
 _KINDS = "a folder, s3://bucket/prefix or hf://user/repository"
 
@@ -29,7 +30,7 @@ def is_remote(url: str) -> bool:
     return bool(re.match(r"\w+:/", plain))
 
 
-def open_remote(url: str) -> Remote:
+def open_remote(url: str, patience: Patience = IMPATIENT) -> Remote:
     """The store behind a network that `url` names; only now its library is imported."""
     kind, _, rest = url.partition("://")
     if not rest:
@@ -37,11 +38,11 @@ def open_remote(url: str) -> Remote:
     if kind == "s3":
         from baton.store.s3 import S3Store
 
-        return S3Store.open(url)
+        return S3Store.open(url, patience)
     if kind == "hf":
         from baton.store.hub import HubStore
 
-        return HubStore.open(url)
+        return HubStore.open(url, patience)
     raise ConfigError(f"store {url!r}: baton does not know {kind}://; name {_KINDS}")
 
 

@@ -2,41 +2,24 @@
 
 from __future__ import annotations
 
-import base64
 import contextlib
-import functools
 import hashlib
 import logging
 import os
-import threading
-import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
-import boto3
-from botocore.config import Config
-from botocore.exceptions import BotoCoreError, ClientError, HTTPClientError
-from botocore.parsers import ResponseParserError
-from urllib3.exceptions import HTTPError
-
-from baton.errors import ConfigError, DamagedError, FencedError, NameMissing, NameTaken, StoreError
+from baton.errors import ConfigError, DamagedError, FencedError, NameMissing, NameTaken
 from baton.store.base import Batch, Listed, Wanted, check_name, explained
-from baton.store.parallel import WORKERS, all_of, in_parallel
+from baton.store.parallel import all_of
 from baton.store.partial import PART_BYTES, TRIES, fetch_in_parts
-from baton.store.s3_errors import explain, is_missing, is_refused_condition
+from baton.store.patience import IMPATIENT, Patience
+from baton.store.s3_bucket import HIDDEN, Bucket
 
 log = logging.getLogger(__name__)
 
-# Keys below it are ours alone and are never listed.
-_HIDDEN = ".baton/"
-_PROBE = f"{_HIDDEN}conditional-writes"
-# S3 takes at most 10,000 parts.
-_MAX_PARTS = 9_000
-_BODY_ATTEMPTS = 5
 _STALE_SECONDS = 86_400.0
-_SHA256, _TOKEN = "sha256", "write"
 
 
 class S3Store:
@@ -56,7 +39,7 @@ class S3Store:
         self._prefix = f"{prefix}/" if prefix else ""
 
     @classmethod
-    def open(cls, url: str) -> S3Store:
+    def open(cls, url: str, patience: Patience = IMPATIENT) -> S3Store:
         """The store `s3://bucket/prefix`.
 
         Endpoint, region, profile and credentials are found where every AWS tool looks.
@@ -70,7 +53,7 @@ class S3Store:
             raise ConfigError(f"store {url!r}: no bucket is named; use s3://bucket/prefix")
         if prefix:
             check_name(prefix)
-        opened = Bucket.open(bucket)
+        opened = Bucket.open(bucket, patience)
         opened.list_page(prefix, limit=1)
         return cls(opened, prefix)
 
@@ -126,7 +109,7 @@ class S3Store:
 
     def listing(self, prefix: str = "") -> Iterator[Listed]:
         folder = self._prefix + (f"{check_name(prefix)}/" if prefix else "")
-        hidden = f"{self._prefix}{_HIDDEN}"
+        hidden = f"{self._prefix}{HIDDEN}"
         for key, size in self._bucket.keys(folder):
             # Others may keep what they like in a bucket, such as "folders" of no bytes.
             if not key.startswith(hidden) and not key.endswith("/"):
@@ -230,301 +213,6 @@ class S3Store:
 
     def _what(self, name: str) -> str:
         return f"{self.url}: {name}"
-
-
-@dataclass(frozen=True)
-class Conditions:
-    """What a server makes of `If-None-Match: *` and `If-Match` on a PUT.
-
-    Ceph 16 wants ETags without their quotes; others ignore the headers.
-    """
-
-    create: bool
-    match: bool
-    quoted: bool = True
-
-
-@dataclass
-class Bucket:
-    """Requests to one bucket, repeated a bounded number of times, with errors for people."""
-
-    name: str
-    client: Any
-    endpoint: str
-    # ETags of small objects that this process wrote: what a lease must still be to be renewed.
-    written: dict[str, str] = field(default_factory=dict)
-    renewing: threading.Lock = field(default_factory=threading.Lock)
-    _can: Conditions | None = None
-    _over_tls: bool = field(init=False)
-
-    def __post_init__(self) -> None:
-        self._over_tls = self.endpoint.startswith("https:")
-
-    @classmethod
-    def open(cls, name: str) -> Bucket:
-        try:
-            session = boto3.session.Session()
-            config = Config(
-                # Adaptive: slows down with the server. Five tries take about 20 s.
-                retries={"mode": "adaptive", "total_max_attempts": 5},
-                connect_timeout=5,
-                read_timeout=30,
-                max_pool_connections=4 * WORKERS,
-                # Ours are the checksums; servers other than AWS refuse the default trailers.
-                request_checksum_calculation="when_required",
-                response_checksum_validation="when_required",
-                **_addressing(session),
-            )
-            client = session.client(
-                "s3", config=config, region_name=session.region_name or "us-east-1"
-            )
-        except BotoCoreError as error:
-            raise explain(error, bucket=name, endpoint="", doing="opening it") from error
-        return cls(name, client, str(client.meta.endpoint_url))
-
-    @property
-    def can(self) -> Conditions:
-        """Found out by trying, once; a server that ignores conditions is named in the log."""
-        if self._can is None:
-            self._can = self._probe()
-            if not self._can.create:
-                log.warning(
-                    "%s ignores If-None-Match: two legs that start in the same second may both"
-                    " claim a task; the one with the higher number goes on",
-                    self.endpoint,
-                )
-        return self._can
-
-    def list_page(self, prefix: str, *, limit: int) -> None:
-        """Look whether listing works at all."""
-        self._ask(
-            "listing it",
-            lambda: self.client.list_objects_v2(Bucket=self.name, Prefix=prefix, MaxKeys=limit),
-        )
-
-    def keys(self, prefix: str) -> Iterator[tuple[str, int]]:
-        """Keys and sizes, a page of a thousand in memory at a time."""
-        after: dict[str, str] = {}
-        while True:
-            page = self._ask(
-                "listing it",
-                functools.partial(
-                    self.client.list_objects_v2, Bucket=self.name, Prefix=prefix, **after
-                ),
-            )
-            for entry in page.get("Contents", ()):
-                yield entry["Key"], entry["Size"]
-            if not page.get("IsTruncated"):
-                return
-            after = {"ContinuationToken": page["NextContinuationToken"]}
-
-    def head(self, key: str, what: str) -> tuple[int, str]:
-        """Size, and the SHA-256 that was noted with it. Raises `NameMissing`."""
-        found = self._head(key)
-        if found is None:
-            raise NameMissing(f"{what}: nothing is stored there")
-        return found["ContentLength"], found["Metadata"].get(_SHA256, "")
-
-    def size(self, key: str) -> int | None:
-        found = self._head(key)
-        return None if found is None else int(found["ContentLength"])
-
-    def get(self, key: str, what: str) -> tuple[bytes, str]:
-        """A whole object and the SHA-256 noted with it. Raises `NameMissing`."""
-        found, data = self._get(key, what)
-        return data, found["Metadata"].get(_SHA256, "")
-
-    def get_range(self, key: str, start: int, length: int, what: str) -> bytes:
-        if length == 0:
-            return b""
-        return self._get(key, what, Range=f"bytes={start}-{start + length - 1}")[1]
-
-    def put(self, key: str, data: bytes, **conditions: str) -> str:
-        """Write an object; returns its ETag."""
-        token = os.urandom(8).hex()
-        etag = str(self._put(key, data, token, **conditions)["ETag"])
-        self.written[key] = etag
-        return etag
-
-    def create(self, key: str, data: bytes) -> str:
-        """Write an object that is not there yet; returns its ETag. Raises `NameTaken`."""
-        token = os.urandom(8).hex()
-        if not self.can.create and self._head(key) is not None:
-            raise NameTaken(f"{key} is already stored")
-        condition = {"IfNoneMatch": "*"} if self.can.create else {}
-        etag = self._put_once(key, data, token, condition)
-        if not self.can.create:
-            # Two may have written; the last one's bytes are there, and only it goes on.
-            found = self._head(key)
-            if found is None or found["Metadata"].get(_TOKEN) != token:
-                raise NameTaken(f"{key} was stored by somebody else at the same moment")
-        return etag
-
-    def swap(self, key: str, data: bytes, seen: str) -> str:
-        """Replace the object whose ETag is `seen`. Raises `NameTaken` if it is another."""
-        match = seen if self.can.quoted else seen.strip('"')
-        return self._put_once(key, data, os.urandom(8).hex(), {"IfMatch": match})
-
-    def put_parts(
-        self, key: str, descriptor: int, size: int, sha256: str, *, exclusive: bool = False
-    ) -> None:
-        """Send a large file in parts, several at once; it appears when the last one is there."""
-        part_bytes = max(PART_BYTES, -(-size // _MAX_PARTS))
-        checked = {"ChecksumAlgorithm": "SHA256"} if self._over_tls else {}
-        begun = self._ask(
-            f"writing {key}",
-            lambda: self.client.create_multipart_upload(
-                Bucket=self.name, Key=key, Metadata={_SHA256: sha256}, **checked
-            ),
-        )
-        upload = {"Bucket": self.name, "Key": key, "UploadId": begun["UploadId"]}
-
-        def send(number: int) -> dict[str, Any]:
-            data = os.pread(descriptor, part_bytes, (number - 1) * part_bytes)
-            checksum = self._checksum(data)
-            answer = self._ask(
-                f"writing {key}",
-                lambda: self.client.upload_part(**upload, PartNumber=number, Body=data, **checksum),
-            )
-            return {"PartNumber": number, "ETag": answer["ETag"], **checksum}
-
-        condition = {"IfNoneMatch": "*"} if exclusive and self.can.create else {}
-        try:
-            parts = list(in_parallel(send, range(1, -(-size // part_bytes) + 1)))
-            self._ask(
-                f"writing {key}",
-                lambda: self.client.complete_multipart_upload(
-                    **upload, MultipartUpload={"Parts": parts}, **condition
-                ),
-            )
-        except StoreError:
-            # What is not ended is paid for; where even that fails, `store gc` finds it.
-            with contextlib.suppress(ClientError, BotoCoreError):
-                self.client.abort_multipart_upload(**upload)
-            raise
-
-    def delete(self, key: str) -> None:
-        self._ask(f"deleting {key}", lambda: self.client.delete_object(Bucket=self.name, Key=key))
-
-    def abort_uploads(self, prefix: str, older_than_seconds: float) -> list[str]:
-        begun = self._ask(
-            "listing its uploads",
-            lambda: self.client.list_multipart_uploads(Bucket=self.name, Prefix=prefix),
-        )
-        ended = []
-        for upload in begun.get("Uploads", ()):
-            if time.time() - upload["Initiated"].timestamp() >= older_than_seconds:
-                self.client.abort_multipart_upload(
-                    Bucket=self.name, Key=upload["Key"], UploadId=upload["UploadId"]
-                )
-                ended.append(upload["Key"])
-        return ended
-
-    def _probe(self) -> Conditions:
-        def tried(**condition: str) -> bool:
-            """Was a PUT under this condition carried out?"""
-            try:
-                self._put(_PROBE, b"", "", **condition)
-            except NameTaken:
-                return False
-            return True
-
-        # The first may find nothing there and be right to write.
-        create = not tried(IfNoneMatch="*") or not tried(IfNoneMatch="*")
-        if not create or tried(IfMatch='"0000"'):
-            return Conditions(create, False)
-        etag = self.put(_PROBE, b"")
-        for quoted in (True, False):
-            if tried(IfMatch=etag if quoted else etag.strip('"')):
-                return Conditions(create, True, quoted)
-        return Conditions(create, False)
-
-    def _put_once(self, key: str, data: bytes, token: str, condition: dict[str, str]) -> str:
-        try:
-            etag = str(self._put(key, data, token, **condition)["ETag"])
-        except NameTaken:
-            # A repeated request finds what the first one wrote, whose answer was lost.
-            found = self._head(key)
-            if found is None or found["Metadata"].get(_TOKEN) != token:
-                raise
-            etag = str(found["ETag"])
-        self.written[key] = etag
-        return etag
-
-    def _put(self, key: str, data: bytes, token: str, **conditions: str) -> dict[str, Any]:
-        noted = {_SHA256: hashlib.sha256(data).hexdigest(), _TOKEN: token}
-        answer: dict[str, Any] = self._ask(
-            f"writing {key}",
-            lambda: self.client.put_object(
-                Bucket=self.name,
-                Key=key,
-                Body=data,
-                Metadata=noted,
-                **self._checksum(data),
-                **conditions,
-            ),
-        )
-        return answer
-
-    def _checksum(self, data: bytes) -> dict[str, str]:
-        """Over plain HTTP the signature covers the body's SHA-256 already."""
-        if not self._over_tls:
-            return {}
-        return {"ChecksumSHA256": base64.b64encode(hashlib.sha256(data).digest()).decode()}
-
-    def _head(self, key: str) -> dict[str, Any] | None:
-        try:
-            found: dict[str, Any] = self._ask(
-                f"looking at {key}", lambda: self.client.head_object(Bucket=self.name, Key=key)
-            )
-        except NameMissing:
-            return None
-        return found
-
-    def _get(self, key: str, what: str, **options: str) -> tuple[dict[str, Any], bytes]:
-        """An answer and its body; a body that breaks off is asked for again."""
-        for attempt in range(1, _BODY_ATTEMPTS + 1):
-            try:
-                answer = self._ask(
-                    f"reading {key}",
-                    lambda: self.client.get_object(Bucket=self.name, Key=key, **options),
-                )
-                data = answer["Body"].read()
-                if len(data) == answer["ContentLength"]:
-                    return answer, data
-                problem: Exception = HTTPError("the body was shorter than announced")
-            except NameMissing:
-                raise NameMissing(f"{what}: nothing is stored there") from None
-            except (BotoCoreError, HTTPClientError, HTTPError, OSError) as error:
-                problem = error
-            if attempt < _BODY_ATTEMPTS:
-                time.sleep(0.1 * 2**attempt)
-        raise explain(problem, bucket=self.name, endpoint=self.endpoint, doing=f"reading {key}")
-
-    def _ask(self, doing: str, request: Callable[[], Any]) -> Any:
-        try:
-            with contextlib.suppress(ResponseParserError):
-                return request()
-            # An answer that was changed on the way, which botocore does not ask for again.
-            return request()
-        except (ClientError, BotoCoreError, HTTPClientError, ResponseParserError) as error:
-            if is_missing(error):
-                raise NameMissing(f"{self.name}: nothing is stored there ({doing})") from None
-            if is_refused_condition(error):
-                raise NameTaken(f"{self.name}: {doing}: somebody else has written it") from None
-            raise explain(error, bucket=self.name, endpoint=self.endpoint, doing=doing) from error
-
-
-def _addressing(session: Any) -> dict[str, Any]:
-    """`http://host/bucket` for servers of one's own, unless the AWS config file says how."""
-    profile = session.profile_name
-    configured = session._session.full_config.get("profiles", {}).get(profile, {})
-    has_endpoint = any(
-        name in os.environ for name in ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3")
-    ) or ("endpoint_url" in configured)
-    if has_endpoint and "addressing_style" not in configured.get("s3", {}):
-        return {"s3": {"addressing_style": "path"}}
-    return {}
 
 
 @contextlib.contextmanager

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from baton.errors import StoreError, StoreRefused
+from baton.errors import StoreBusy, StoreError, StoreRefused
 
 # Codes of the server -> what they mean and what to do. They are refused for good.
 _REFUSED = {
@@ -41,6 +41,8 @@ _HERE = {
     "InvalidEndpointDiscoveryConfigurationError": "AWS_ENDPOINT_URL is not a URL",
     "ParamValidationError": "this is no name of a bucket",
 }
+# Some servers say it with a status that is not 503.
+_BUSY = ("SlowDown", "Throttling", "RequestTimeout", "InternalError", "ServiceUnavailable")
 _SILENT = (
     "EndpointConnectionError",
     "ConnectTimeoutError",
@@ -76,8 +78,19 @@ def explain(error: Exception, *, bucket: str, endpoint: str, doing: str) -> Stor
     if isinstance(error, ValueError) and "endpoint" in str(error).lower():
         return StoreRefused(f"{where}: {error}; check AWS_ENDPOINT_URL")
     if code in _SILENT:
-        return StoreError(
+        return StoreBusy(
             f"{where}: {doing}: the server does not answer ({code}); check AWS_ENDPOINT_URL and"
             " the network"
         )
-    return StoreError(f"{where}: {doing}: {str(error).splitlines()[0] if str(error) else code}")
+    kind = StoreBusy if _may_pass(error) else StoreError
+    return kind(f"{where}: {doing}: {str(error).splitlines()[0] if str(error) else code}")
+
+
+def _may_pass(error: Exception) -> bool:
+    """Is it the server's trouble, or that of the way to it? A request that is wrong stays so."""
+    response: dict[str, Any] = getattr(error, "response", None) or {}
+    status = int(response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
+    if code_of(error) in _BUSY or status in (408, 429):
+        return True
+    # 501: the server does not know this kind of request.
+    return status not in range(400, 500) and status != 501

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 from baton.errors import BatonError, DamagedError, FencedError, NameMissing, NameTaken
-from baton.record import LegRecord
+from baton.record import LegRecord, dump_json
 from baton.store.base import Batch
 from baton.store.checkpoint import Retention
-from baton.store.mirror import Changes, Mirror, newest_steps
+from baton.store.mirror import Mirror
+from baton.store.mirror_index import Changes
+from baton.store.task_names import PROGRESS, newest_steps
 
 log = logging.getLogger(__name__)
 
@@ -29,7 +32,7 @@ _END_SECONDS = 2.0
 class Uploader:
     """Two threads of a leg: one sends checkpoints and records, one says that the leg lives.
 
-    Of several checkpoints that wait, only the newest is sent (and later the best, and those
+    Of several checkpoints that wait, only the newest is sent, after the best (and later those
     that retention keeps for ever). A store that fails is tried again, and at every save;
     training hears of it in the log only, unless another leg has taken over (`fenced`).
 
@@ -169,7 +172,9 @@ class Uploader:
     def _next_checkpoint(self) -> tuple[str, int] | None:
         """The checkpoint to send next: the newest, then what is kept for ever, newest first.
 
-        All that is here of a stage that is finished: its marker promises them.
+        The best goes before any newer one: whoever goes on from that, elsewhere, must find it.
+        Until the leg's first save tells which it is, the oldest goes first. All that is here of
+        a stage that is finished is sent: its marker promises them.
         """
         finished = self.mirror.changes().finished_stages()
         for prefix in self.mirror.prefixes():
@@ -178,12 +183,16 @@ class Uploader:
             missing = [step for step in here if step not in there and step not in self._damaged]
             if not missing:
                 continue
+            retention = self._retention.get(prefix)
+            if retention is None:
+                return prefix, missing[0]
+            if retention.best in missing:
+                return prefix, retention.best
             if not there or missing[-1] > there[-1]:
                 return prefix, missing[-1]
-            retention = self._retention.get(prefix)
             is_finished = prefix.partition("/")[0] in finished
             for step in reversed(missing):
-                if is_finished or (retention and retention.keeps(step)):
+                if is_finished or retention.keeps(step):
                     return prefix, step
         return None
 
@@ -227,9 +236,9 @@ class Uploader:
     def _note(self, prefix: str, steps: Sequence[int]) -> None:
         """Remember what the store has, for `status` and for the leg's record."""
         newest = max(steps, default=None)
-        if newest is not None and newest > self.mirror.durable.get(prefix, -1):
-            self.mirror.durable[prefix] = newest
-            self.mirror.write_index()
+        if newest is not None and newest > self.mirror.index.durable.get(prefix, -1):
+            self.mirror.index.durable[prefix] = newest
+            self.mirror.index.write()
             self.durable(newest)
 
     def _missing(self) -> list[str]:
@@ -237,7 +246,7 @@ class Uploader:
         missing = [
             f"{prefix}/step-{step:06d}"
             for prefix, step in newest_steps(set(self.mirror.local.names())).items()
-            if step > self.mirror.durable.get(prefix, -1)
+            if step > self.mirror.index.durable.get(prefix, -1)
         ]
         return missing + sorted(self.mirror.changes().changed)
 
@@ -257,6 +266,31 @@ class Uploader:
                 return
             except (BatonError, OSError) as error:
                 log.debug("no heartbeat: %s", error)
+
+
+@contextlib.contextmanager
+def saying_alive(mirror: Mirror, record: LegRecord, now: Callable[[], str]) -> Iterator[None]:
+    """Say that a leg lives while it brings what is there, which may take longer than silence may.
+
+    A leg that has been taken over meanwhile finds out when it stores something.
+    """
+    is_over = threading.Event()
+
+    def beat() -> None:
+        while not is_over.wait(mirror.version.heartbeat_seconds):
+            try:
+                mirror.local.write(PROGRESS, dump_json({"time": now()}))
+                mirror.commit(Batch(message=f"{mirror.task}: leg {record.number} begins"), record)
+            except (BatonError, OSError) as error:
+                log.debug("no heartbeat: %s", error)
+
+    thread = threading.Thread(target=beat, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        is_over.set()
+        thread.join(timeout=_END_SECONDS)
 
 
 def within(seconds: float, work: Callable[[], None]) -> bool:

@@ -22,6 +22,14 @@ def pad_multiple(device: torch.device, precision: Precision) -> int | None:
     return _PAD_TO if can_use_varlen(device) and precision.is_half else None
 
 
+@dataclass(frozen=True)
+class Whole:
+    """What all micro-batches of a step have together, on all ranks."""
+
+    samples: int
+    labelled: int
+
+
 class Batching(Protocol):
     """Cuts the samples of one step and makes what the loss of a run takes."""
 

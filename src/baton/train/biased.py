@@ -15,6 +15,8 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
+from baton.train.layers import layers_of
+
 NAME = "baton_biased"
 _WIDTHS = (16, 32, 64, 128)
 
@@ -33,7 +35,8 @@ def fuse(network: Any) -> None:
     # Each has a configuration of its own, which the whole model's does not reach.
     for part in (network, network.encoder, network.decoder):
         part.set_attn_implementation(NAME)
-    for module in list(network.modules()):
+    # Elsewhere nothing is compiled, and torch's own dropout is one kernel.
+    for module in [module for layer in layers_of(network) for module in layer.modules()]:
         for name, child in list(module.named_children()):
             if type(child) is torch.nn.Dropout:
                 setattr(module, name, HashDropout(child.p))

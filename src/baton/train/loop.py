@@ -15,16 +15,17 @@ from baton.errors import ConfigError
 from baton.stage import Leg, Outcome
 from baton.train.ahead import Ahead
 from baton.train.batch import TokenSource
-from baton.train.batching import Batching, Packed, pad_multiple
+from baton.train.batching import Batching, Packed, Whole, pad_multiple
 from baton.train.config import TrainConfig
 from baton.train.cursor import Cursor, Indices
 from baton.train.devset import DevSet
 from baton.train.journal import Journal
 from baton.train.keeper import Keeper
 from baton.train.layers import layers_of, recompute_layers
-from baton.train.memory import Trials, plan_memory
+from baton.train.memory import Trials, given_plan, plan_memory
 from baton.train.metrics import Metrics
 from baton.train.optim import Schedule, build_optimizer, set_learning_rate
+from baton.train.planner import MemoryPlan
 from baton.train.precision import Precision
 from baton.train.ranks import Ranks
 from baton.train.state import Timing, TrainState, Weights
@@ -44,14 +45,6 @@ class DevScore(Protocol):
         earlier leg left.
         """
         ...
-
-
-@dataclass(frozen=True)
-class Whole:
-    """What all micro-batches of a step have together, on all ranks."""
-
-    samples: int
-    labelled: int
 
 
 @dataclass(frozen=True)
@@ -183,8 +176,8 @@ class Loop:
     def run(self) -> Outcome:
         """Train to the end, or to the next handover."""
         self.state, self.timing = self.keeper.restore(self.state, self.timing)
-        if self.keeper.saved_step is None and not self._plan_memory():
-            return Outcome.HANDED_OVER
+        if self.keeper.saved_step is None:
+            self._plan_memory()
         recompute_layers(self.model, self.state.recompute_layers)
         how = "starting" if self.keeper.saved_step is None else "resumed"
         self.leg.log(how, step=f"{self.state.step}/{self.total}")
@@ -226,26 +219,26 @@ class Loop:
     def last_step(self) -> int:
         return self.total if self.stop_at is None else min(self.stop_at, self.total)
 
-    def _plan_memory(self) -> bool:
-        """Set how large micro-batches are, how many layers recompute; False if urged to stop."""
+    def _plan_memory(self) -> None:
+        """Set how large micro-batches are, and how many layers recompute."""
+        # What a maker makes is not there yet.
+        can_try = self.ranks.device.type == "cuda" and self.maker is None
+        plan = given_plan(self.config, self.model, can_try=can_try) or self._tried_plan()
+        self.state.tokens_per_micro_batch = plan.tokens
+        self.state.recompute_layers = plan.recompute_layers
+
+    def _tried_plan(self) -> MemoryPlan:
         some = [self._indices(step) for step in range(min(_PLANNED_FROM, self.total))]
-        if self.maker is not None:
-            some = some[:1]  # those of later steps are not made yet
-            if self.ranks.agree(not self.maker.make(0, some[0]))[0]:
-                return False
         trials = Trials(
             model=self.model,
-            loss=self.loss,
+            part=self._part,
             precision=self.precision,
             ranks=self.ranks,
             batches=self.batches,
             source=self.train,
             indices=max(some, key=lambda indices: int(self.train.lengths(indices).sum())),
         )
-        plan = plan_memory(self.leg, self.folder, self.config, trials, some)
-        self.state.tokens_per_micro_batch = plan.tokens
-        self.state.recompute_layers = plan.recompute_layers
-        return True
+        return plan_memory(self.leg, self.folder, self.config, trials, some)
 
     # --- one step -----------------------------------------------------------------------
 

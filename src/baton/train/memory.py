@@ -13,7 +13,7 @@ import torch
 
 from baton.stage import Leg
 from baton.train.batch import TokenSource
-from baton.train.batching import Batching
+from baton.train.batching import Batching, Whole
 from baton.train.config import TrainConfig
 from baton.train.cursor import Indices
 from baton.train.layers import layers_of, recompute_layers
@@ -22,7 +22,7 @@ from baton.train.precision import Precision
 from baton.train.ranks import Ranks
 
 FILE = "memory.json"
-_WITHOUT_A_GPU = 8192
+_UNTRIED = 8192
 # Of a device's memory; the rest is for what no trial shows, and for the allocator's gaps.
 _USED = 0.93
 _SOME_SAMPLES = 1 << 20
@@ -34,11 +34,12 @@ class Trials:
     """Tries out micro-batches of one optimizer step; no weight changes.
 
     Attributes:
+        part: what a micro-batch adds to the loss of its step.
         indices: the samples of that step.
     """
 
     model: torch.nn.Module
-    loss: Callable[[Any], torch.Tensor]
+    part: Callable[[Any, Whole], torch.Tensor]
     precision: Precision
     ranks: Ranks
     batches: Batching
@@ -72,8 +73,17 @@ class Trials:
         labelled = int(self.source.labelled(indices).sum())
         batch = self.batches.collate(self.source, indices, budget=budget)
         with self.precision.autocast():
-            loss = self.loss(batch) / labelled
+            loss = self.part(batch, Whole(len(indices), labelled))
         self.precision.backward(loss)
+
+
+def given_plan(config: TrainConfig, model: torch.nn.Module, *, can_try: bool) -> MemoryPlan | None:
+    """What the configuration says; None where it leaves open what can be tried out."""
+    tokens, recompute = config.tokens_per_micro_batch, config.activation_checkpointing
+    if can_try and (tokens is None or recompute is None):
+        return None
+    layers = len(layers_of(model)) if recompute else 0
+    return MemoryPlan(tokens=tokens or _UNTRIED, recompute_layers=layers)
 
 
 def plan_memory(
@@ -83,18 +93,15 @@ def plan_memory(
     trials: Trials,
     steps: Sequence[Indices],
 ) -> MemoryPlan:
-    """What the configuration says, and what it leaves open: as an earlier leg chose, or anew.
+    """The fastest plan that fits and is as configured; an earlier leg's if there is one.
 
     Every rank must call this. `steps` are the samples of some optimizer steps, the one of
     `trials` the largest.
     """
     layers = len(layers_of(trials.model))
-    tokens = config.tokens_per_micro_batch
     recompute = None
     if config.activation_checkpointing is not None:
         recompute = layers if config.activation_checkpointing else 0
-    if trials.ranks.device.type != "cuda" or (tokens is not None and recompute is not None):
-        return MemoryPlan(tokens=tokens or _WITHOUT_A_GPU, recompute_layers=recompute or 0)
     name = f"{folder}/{FILE}"
     known = None
     if leg.is_first and (leg.folder / name).exists():
@@ -111,7 +118,7 @@ def plan_memory(
         later=_ADAM_BYTES * trainable,
         step_tokens=max(int(trials.source.lengths(s).sum()) for s in steps) // trials.ranks.size,
         longest=_longest(trials.source),
-        tokens=tokens,
+        tokens=config.tokens_per_micro_batch,
         recompute_layers=recompute,
         timed=not config.deterministic,
     ).choose()

@@ -37,6 +37,9 @@ def fetch_best(
     steps = sorted(
         checkpoints.everywhere(), key=lambda s: (rank[s], s) if s in rank else (float("inf"), -s)
     )
+    best = min(rank, key=lambda s: (rank[s], s), default=None)
+    if best is not None and steps and best not in steps:
+        log.warning("step-%06d, the best of %s, is not there; the next best is used", best, task)
     for step in steps:
         try:
             checkpoints.fetch_anywhere(step, target)

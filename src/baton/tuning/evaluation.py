@@ -71,8 +71,9 @@ class Exam:
         model: who answers; the task's chat model unless given.
         answer: how it answers a batch of prompts, where that is not as any chat model does; see
             `generate`.
+        exact: an answer must not depend by a rounding error on those that are written beside it.
         stage: the one whose best checkpoint answers.
-        before: stages that trained before it and do not answer; curves show them end to end.
+        before: stages that trained before it; curves show them end to end.
         curves: figures of logged steps that reports show beside the loss.
     """
 
@@ -81,6 +82,7 @@ class Exam:
     score: Callable[[Sequence[str]], ScoreSheet]
     model: Model | None = None
     answer: Callable[..., Answers | None] | None = None
+    exact: bool = False
     stage: str = TRAIN
     before: Sequence[str] = ()
     curves: Sequence[str] = ()
@@ -159,8 +161,8 @@ def _answer(
     tokenizer = model.tokenizer()
     total = len(shards)
     answered = sum(shard_name(i) in leg.store.names(f"{FOLDER}/shards") for i in range(total))
-    # Every stage draws alike: what differs between their answers is not the luck of the draw.
     stages = [exam.stage_of(shard[0]) for shard in shards]
+    # Counted from the stage's first shard: each stage's model draws in the same way.
     first = stages.index(stages[mine[0]])
     batches = answer_batches(
         learner.model,
@@ -168,7 +170,7 @@ def _answer(
         {i - first: [question.prompt for question in shards[i]] for i in mine},
         config.eval.generate,
         ends=exam.ends,
-        exact=config.train.deterministic,
+        exact=exam.exact,
         should_stop=lambda: leg.stop.is_set,
         answer=exam.answer,
     )

@@ -15,7 +15,7 @@ from baton.pipelines.clara.losses import ReadingLoss, RetrievalLoss
 from baton.pipelines.clara.model import DECODER, ENCODER, REASONER
 from baton.pipelines.clara.prompt import Prompter
 from baton.pipelines.clara.topk import select
-from baton.train.loop import Whole
+from baton.train.batching import Whole
 
 ASKS = [
     (QUESTIONS[0], "1250", (0, 3)),

@@ -18,8 +18,8 @@ from baton.pipelines.clara.losses import ReadingLoss, RetrievalLoss
 from baton.pipelines.clara.model import ENCODER, LEARNS, MEMORY, REASONER, ROLES
 from baton.pipelines.clara.presets import PRESETS, Preset, chosen, loop_config, preset_for
 from baton.train.adapters import attach
+from baton.train.batching import Whole
 from baton.train.config import AdapterConfig
-from baton.train.loop import Whole
 from baton.train.optim import Schedule
 
 RANDOM = {"source": "random", "config": {"model_type": "mistral"}}

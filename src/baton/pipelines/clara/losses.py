@@ -13,7 +13,7 @@ from baton.pipelines.clara.batch import ClaraBatch, PackedTexts
 from baton.pipelines.clara.config import Stage1, Stage2, Stage3
 from baton.pipelines.clara.model import DECODER, ENCODER, REASONER, ClaraLearner
 from baton.pipelines.clara.topk import cosine_scores, select
-from baton.train.loop import Whole
+from baton.train.batching import Whole
 from baton.train.loss import CausalLoss
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -163,13 +164,18 @@ class Prompter:
 
     def _messages(self, system: str, user: str) -> list[Message]:
         """As two turns, or as one where the template refuses a system role."""
-        two = [_said("system", system), _said("user", user)]
+        if self._takes_system:
+            return [_said("system", system), _said("user", user)]
+        return [_said("user", f"{system}\n{user}")]
+
+    @cached_property
+    def _takes_system(self) -> bool:
         try:
-            rendered = self._render(two)
+            rendered = self._render([_said("system", _PLACE), _said("user", "?")])
         except TemplateError:
-            return [_said("user", f"{system}\n{user}")]
+            return False
         # Some templates drop a system turn without a word.
-        return two if system in rendered else [_said("user", f"{system}\n{user}")]
+        return _PLACE in rendered
 
     def _render(self, messages: list[Message], *, add_generation_prompt: bool = False) -> str:
         return str(

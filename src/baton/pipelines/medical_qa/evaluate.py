@@ -35,6 +35,7 @@ def evaluate(leg: Leg) -> Outcome:
     exam = Exam(
         questions=questions,
         ends=(encoder.end_of_turn,),
+        exact=config.train.deterministic,
         score=lambda predictions: score_pairs(
             predictions,
             [question.reference for question in questions],

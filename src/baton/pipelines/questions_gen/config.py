@@ -124,6 +124,7 @@ class GrpoConfig(TrainConfig):
     """
 
     max_steps: Annotated[int, at_least(1)] | None = 100
+    tokens_per_micro_batch: Annotated[int, at_least(1)] = 8192
     learning_rate: Annotated[float, between(0, 10)] = 5e-6
     warmup_steps: Annotated[int, at_least(0)] | None = 10
     eval_every_steps: Annotated[int, at_least(1)] | None = 20
@@ -263,11 +264,6 @@ class QuestionsGen:
             ),
         )
     )
-
-    @property
-    def train(self) -> TrainConfig:
-        """That of the last stage, which evaluation goes by."""
-        return self.distill
 
     def view(self, train: TrainConfig) -> StageView:
         """The configuration with `train` as that of its training."""

@@ -84,6 +84,7 @@ def evaluate(leg: Leg) -> Outcome:
     exam = Exam(
         questions=questions,
         ends=(encoder.end_of_turn,),
+        exact=config.grpo.deterministic,
         score=lambda answers: score_stages(
             answers,
             training,

@@ -7,10 +7,11 @@ from dataclasses import asdict
 from pathlib import Path
 
 from baton.data.tokenise import ChatEncoder
+from baton.generation.sampler import Sampler
 from baton.pipelines.questions_gen.config import QuestionsGen
 from baton.pipelines.questions_gen.data import read_part
 from baton.pipelines.questions_gen.lesson import Proposal
-from baton.pipelines.questions_gen.training import GRPO, load_best, sampler_of, task_model
+from baton.pipelines.questions_gen.training import GRPO, load_best, task_model
 from baton.record import dump_json
 from baton.stage import Leg, Outcome
 from baton.train.cursor import Cursor
@@ -58,27 +59,25 @@ def _write(leg: Leg, ranks: Ranks, shards: list[range], mine: list[int]) -> None
     model = task_model(leg, GRPO)
     learner = model.learner(ranks.device, packed=False)
     load_best(leg, learner, GRPO, ranks)
+    learner.model.eval()
     tokenizer = model.tokenizer()
     encoder = ChatEncoder(tokenizer, system=None, max_length=config.data.max_length)
     rows = read_part(leg.folder, "train")
     seed = mix_seed(config.distill.seed, _ORDER)
     order = Cursor(len(rows), config.distill.problems, seed).at(0).tolist()
-    sampler = sampler_of(
-        learner,
-        tokenizer,
-        config,
+    sampler = Sampler(
+        model=learner.model,
+        sampling=config.grpo.sampling,
         max_new_tokens=config.eval.generate.max_new_tokens,
+        ends=[encoder.end_of_turn],
         rows=config.eval.generate.batch_size,
-        exact=config.distill.deterministic,
-        keeps=True,
     )
     for number in mine:
         requests = [rows[order[i]].request for i in shards[number]]
         texts = [encoder.prompt_text(request.text()) for request in requests]
         drawn = sampler.draw(
             tokenizer(texts, add_special_tokens=False)["input_ids"],
-            count=1,
-            seeds=[mix_seed(seed, i) for i in shards[number]],
+            [mix_seed(seed, i) for i in shards[number]],
             should_stop=lambda: leg.stop.is_set,
         )
         if drawn is None:

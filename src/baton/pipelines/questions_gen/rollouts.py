@@ -87,7 +87,7 @@ class Policy:
 
     Attributes:
         sample: `(prompts, count, seeds)` to completions, None where there was no time; see
-            `baton.generation.sample`.
+            `Sampler.draw`.
         encode: requests to prompt tokens; None for one that does not fit.
         decode: completions to texts, without special tokens.
         logprobs: of the labels of samples under the weights as they are, an array for each.
@@ -194,7 +194,6 @@ class Rollouts:
             if batch is None:
                 return False
             self._take(batch)
-        self.loss.take()  # what trials of memory left behind
         labelled = int(self.labelled(indices).sum())
         weights = token_weights(
             self.labelled(indices).tolist(),

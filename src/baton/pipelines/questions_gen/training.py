@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from baton.data.tokenise import ChatEncoder, TokenFile
-from baton.generation.sample import Sampler
+from baton.generation.sampler import Sampler
 from baton.pipelines.questions_gen.config import QuestionsGen
 from baton.pipelines.questions_gen.data import read_part
 from baton.pipelines.questions_gen.grpo_loss import GrpoLoss
@@ -41,8 +41,6 @@ from baton.tuning.training import read_report, run
 
 SFT, GRPO, DISTILL = "sft", "grpo", "distill"
 STAGES = (SFT, GRPO, DISTILL)
-# Of a pass that keeps no activations.
-_FORWARD_TOKENS = 8192
 
 
 def train_sft(leg: Leg) -> Outcome:
@@ -88,23 +86,6 @@ def load_best(leg: Leg, learner: Learner, stage: str, ranks: Ranks) -> int:
     return step
 
 
-def sampler_of(
-    learner: Learner, tokenizer: Any, config: QuestionsGen, *, max_new_tokens: int, **options: Any
-) -> Sampler:
-    """What draws problems from a model, at GRPO's temperature."""
-    encoder = ChatEncoder(tokenizer, system=None, max_length=config.data.max_length)
-    end = encoder.end_of_turn
-    return Sampler(
-        model=learner.model,
-        sampling=config.grpo.sampling,
-        most_tokens=config.data.max_length,
-        max_new_tokens=max_new_tokens,
-        ends=[end],
-        pad=end if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
-        **options,
-    )
-
-
 def _train(leg: Leg, stage: str) -> Outcome:
     config: QuestionsGen = leg.config
     trainee = Trainee(leg, stage)
@@ -137,14 +118,12 @@ class Trainee:
         self.dtype = self.precision.dtype
         self.report = read_report(leg)
         grpo = self.config.grpo
-        self.sampler = sampler_of(
-            self.learner,
-            self.tokenizer,
-            self.config,
+        self.sampler = Sampler(
+            model=self.learner.model,
+            sampling=grpo.sampling,
             max_new_tokens=grpo.max_new_tokens,
+            ends=[self._encoder().end_of_turn],
             rows=grpo.sample_batch,
-            exact=self.train.deterministic,
-            keeps=stage == GRPO,
         )
 
     def loop(self, *, stop_at: int | None = None) -> Loop:
@@ -243,10 +222,7 @@ class Trainee:
 
         def draw(prompts: list[list[int]], count: int, seeds: list[int]) -> list[list[int]] | None:
             return self.sampler.draw(
-                prompts,
-                count=count,
-                seeds=seeds,
-                should_stop=lambda: self.leg.stop.is_urgent,
+                prompts, seeds, count=count, should_stop=lambda: self.leg.stop.is_urgent
             )
 
         def encode(requests: Sequence[Request]) -> list[list[int] | None]:
@@ -272,7 +248,7 @@ class Trainee:
         self, logprobs: Callable[[Any], torch.Tensor], source: TokenSource, indices: Indices
     ) -> list[np.ndarray[Any, Any]]:
         """Log-probabilities of each sample's labels, through the very forward that trains."""
-        packed, budget = self._packed(), self.train.tokens_per_micro_batch or _FORWARD_TOKENS
+        packed, budget = self._packed(), self.config.grpo.tokens_per_micro_batch
         found: dict[int, np.ndarray[Any, Any]] = {}
         self.learner.model.eval()
         [share] = packed.cut(source, indices, ranks=1, budget=budget)

@@ -11,7 +11,7 @@ import numpy as np
 
 from baton.data.tokenise import ChatEncoder
 from baton.errors import CollapsedError
-from baton.generation.sample import Sampler
+from baton.generation.sampler import Sampler
 from baton.pipelines.questions_gen.config import QuestionsGen
 from baton.pipelines.questions_gen.data import read_part
 from baton.pipelines.questions_gen.evaluator import evaluate
@@ -85,12 +85,11 @@ class Validation:
             CollapsedError: the quality fell below the configured share of the best one before.
         """
         config: QuestionsGen = self.leg.config
-        ranks = self.ranks
+        grpo, ranks = config.grpo, self.ranks
         mine = list(range(ranks.rank, len(self.prompts), ranks.size))
         drawn = self.sampler.draw(
             [self.prompts[i] for i in mine],
-            count=1,
-            seeds=[mix_seed(config.grpo.seed, 0, i) for i in mine],
+            [mix_seed(grpo.seed, 0, i) for i in mine],
             should_stop=lambda: self.leg.stop.is_urgent,
         )
         if ranks.agree(drawn is None)[0] or drawn is None:

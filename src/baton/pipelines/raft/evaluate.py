@@ -36,6 +36,7 @@ def evaluate(leg: Leg) -> Outcome:
     exam = Exam(
         questions=questions,
         ends=(prompter.end_of_turn,),
+        exact=config.train.deterministic,
         score=lambda answers: score_answers(
             answers,
             given,

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from collections import Counter
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, LogitsProcessorList
+from transformers.generation.logits_process import (
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
 from baton.eval.config import Sampling
-from baton.generation.sample import Sampler
-from baton.train.attention import NAME
-from baton.train.config import AdapterConfig, PathModel
-from baton.train.learner import build_learner
+from baton.generation.draw import choose
+from baton.generation.sampler import Sampler
 
 VOCAB = 50
 END = 2
@@ -45,17 +47,15 @@ def model() -> Any:
 def drawn(model: Any, prompts: Any = PROMPTS, **changes: Any) -> Any:
     count = changes.pop("count", 4)
     seeds = changes.pop("seeds", range(100, 100 + count * len(prompts)))
-    should_stop = changes.pop("should_stop", lambda: False)
+    stop = changes.pop("should_stop", lambda: False)
     options = {
         "sampling": Sampling(temperature=1.0, top_p=1.0, top_k=0),
-        "most_tokens": 64,
         "max_new_tokens": 12,
         "ends": [END],
-        "pad": 0,
         "rows": 32,
     }
     sampler = Sampler(model=model, **(options | changes))
-    return sampler.draw(prompts, count=count, seeds=list(seeds), should_stop=should_stop)
+    return sampler.draw(prompts, list(seeds), count=count, should_stop=stop)
 
 
 def test_completions_do_not_depend_on_their_batch(model: Any) -> None:
@@ -98,49 +98,31 @@ def test_tokens_are_drawn_as_often_as_the_model_says(model: Any) -> None:
     assert (np.abs(found - wanted) < 4 * np.sqrt(wanted * (1 - wanted) / count) + 1e-3).all()
 
 
+@pytest.mark.parametrize(("temperature", "top_k", "top_p"), [(0.7, 20, 0.8), (1.3, 0, 0.5)])
+def test_only_tokens_that_transformers_leaves_are_drawn_and_as_often(
+    temperature: float, top_k: int, top_p: float
+) -> None:
+    logits = torch.randn(1, 200, generator=torch.Generator().manual_seed(3)) * 3
+    steps = LogitsProcessorList([TemperatureLogitsWarper(temperature)])
+    if top_k:
+        steps.append(TopKLogitsWarper(top_k))
+    steps.append(TopPLogitsWarper(top_p))
+    wanted = steps(torch.zeros(1, 1).long(), logits.clone()).softmax(1)[0].double()
+    count = 40_000
+    sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p)
+    seeds, places = torch.arange(count), torch.zeros(count, dtype=torch.int64)
+    tokens = choose(logits.expand(count, -1), sampling, seeds, places)
+    found = torch.bincount(tokens, minlength=200).double() / count
+    assert (found[wanted == 0] == 0).all()
+    # Four standard deviations of a share, and a little for two hundred looks at once.
+    assert ((found - wanted).abs() < 4 * (wanted * (1 - wanted) / count).sqrt() + 1e-4).all()
+
+
 def test_sampling_stops_when_asked_to(model: Any) -> None:
     calls = iter(range(100))
-    assert drawn(model, should_stop=lambda: next(calls) > 3) is None
+    assert drawn(model, should_stop=lambda: next(calls) > 0) is None
 
 
 def test_seeds_must_be_as_many_as_completions(model: Any) -> None:
     with pytest.raises(ValueError, match="12 completions need as many seeds, got 2"):
         drawn(model, seeds=[1, 2])
-
-
-def test_a_model_loaded_to_train_on_packs_draws_what_it_draws_loaded_to_generate(
-    tmp_path: Path,
-) -> None:
-    config = AutoConfig.for_model(
-        "llama",
-        vocab_size=VOCAB,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        initializer_range=0.3,
-        bos_token_id=None,
-        eos_token_id=None,
-    )
-    torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
-    found = []
-    for packed in (True, False):
-        learner = build_learner(
-            PathModel(source="path", path=str(tmp_path)),
-            AdapterConfig(method="lora", r=4, alpha=8, targets="all-linear"),
-            base_folder=tmp_path,
-            revision="",
-            device=torch.device("cpu"),
-            compute_dtype=torch.float32,
-            packed=packed,
-            seed=0,
-        )
-        generator = torch.Generator().manual_seed(1)
-        for name, parameter in learner.model.named_parameters():
-            if "lora_B" in name:
-                parameter.data.copy_(torch.randn(parameter.shape, generator=generator))
-        found.append(drawn(learner.model))
-        assert learner.network.config._attn_implementation == (NAME if packed else "sdpa")
-    assert found[0] == found[1]

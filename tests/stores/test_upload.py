@@ -1,0 +1,74 @@
+"""In which order checkpoints that wait reach a store, so that every one there has its best."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+import pytest
+from far import Far
+
+from baton.legs import this_runner, utc_now
+from baton.record import LegRecord
+from baton.store.checkpoint import Checkpoints, Retention
+from baton.store.local import LocalStore
+from baton.store.mirror import Mirror
+from baton.store.open import open_remote
+from baton.store.upload import Uploader
+
+PREFIX = "train/checkpoints"
+
+
+@pytest.fixture
+def mirror(s3: Far, tmp_path: Path) -> Mirror:
+    return Mirror(LocalStore(tmp_path / "here"), open_remote(s3.url()), "task")
+
+
+def save(mirror: Mirror, folder: Path, *steps: int) -> None:
+    checkpoints = Checkpoints(mirror.local, PREFIX, 1, lambda: None, utc_now)
+    for step in steps:
+        staging = folder / f"staging-{step}"
+        staging.mkdir(parents=True)
+        (staging / "model.safetensors").write_bytes(os.urandom(9_000))
+        checkpoints.save(step, staging)
+
+
+def send(mirror: Mirror, s3: Far, retention: Retention | None) -> list[int]:
+    """What an uploader sends; the steps in the order in which they were complete in the store."""
+    record = LegRecord(
+        task="task",
+        number=1,
+        state="active",
+        runner=this_runner(),
+        started=utc_now(),
+        position=[0, 0, 0],
+    )
+    s3.proxy.log.clear()
+    uploader = Uploader(mirror=mirror, record=lambda: record)
+    if retention is not None:
+        uploader.saved(PREFIX, retention)
+    uploader.start()
+    assert uploader.finish(deadline=lambda: None) == []
+    uploader.close()
+    asked = [path for method, path, _ in s3.proxy.log if method == "PUT"]
+    found = (re.search(r"step-(\d+)/manifest\.json", path) for path in asked)
+    return [int(match[1]) for match in found if match]
+
+
+def test_the_best_is_there_before_any_newer_one(s3: Far, mirror: Mirror, tmp_path: Path) -> None:
+    save(mirror, tmp_path, 2, 4, 6, 8)
+    # Of those that waited, the newest is enough.
+    assert send(mirror, s3, Retention(keep_last=2, best=4)) == [4, 8]
+
+
+def test_a_leg_that_finds_unsent_ones_sends_the_oldest_first(
+    s3: Far, mirror: Mirror, tmp_path: Path
+) -> None:
+    save(mirror, tmp_path, 2, 4, 6)
+    assert send(mirror, s3, None) == [2, 4, 6]
+
+
+def test_without_a_best_the_newest_is_enough(s3: Far, mirror: Mirror, tmp_path: Path) -> None:
+    save(mirror, tmp_path, 2, 4, 6)
+    assert send(mirror, s3, Retention(keep_last=2)) == [6]
