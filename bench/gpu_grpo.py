@@ -106,6 +106,7 @@ def plan_of(args: argparse.Namespace, folder: Path) -> Any:
         "grpo.max_new_tokens": str(args.new_tokens),
         "grpo.sampling": "{temperature: 0.7, top_p: 0.8, top_k: 20}",
         "grpo.sample_batch": str(args.prompts * args.group),
+        "grpo.iterations": "1",
         "grpo.beta": str(args.beta),
         "grpo.learning_rate": "5e-6",
         "grpo.warmup_steps": "0",

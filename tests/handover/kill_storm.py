@@ -73,6 +73,7 @@ NAMES = tuple(EXPERIMENTS)
 # Of the other pipelines the first task, as their smoke file has it, or smaller.
 OTHERS = {
     **{pipeline: {"train.log_every_steps": "1"} for pipeline in PIPELINES},
+    "clara": {f"stage{number}.train.log_every_steps": "1" for number in (1, 2, 3)},
     "questions_gen": {
         **{f"{stage}.log_every_steps": "1" for stage in ("sft", "grpo", "distill")},
         "sft.max_steps": "30",

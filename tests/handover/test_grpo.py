@@ -115,3 +115,23 @@ def test_a_resume_says_which_batch_is_gone(lab: Lab) -> None:
     again = lab.run(task, expect=None)
     assert again.status == 1
     assert "the completions drawn at step 4 are gone from grpo/rollouts" in again.text
+
+
+@pytest.mark.slow
+def test_two_processes_share_the_sampling_and_resume_to_the_same_bytes(lab: Lab) -> None:
+    def finished(task: Task) -> Task:
+        for _ in range(3):
+            statuses = {leg.wait() for leg in lab.start_pair(task)}
+            if statuses == {0}:
+                return task
+            assert statuses == {75}
+        raise AssertionError("not finished after three legs")
+
+    whole, stopped = finished(task_of(lab)), task_of(lab)
+    pair = lab.start_pair(stopped)
+    wait_for(pair[0], "stage=grpo step=6/12 ")
+    pair[1].kill(signal.SIGTERM)
+    assert {leg.wait() for leg in pair} == {75}, pair[0].text[-2000:]
+    assert_identical(finished(stopped), whole)
+    batch = json.loads((whole.folder / "grpo" / "rollouts" / "000000.json").read_bytes())
+    assert len(batch["completions"]) == len(batch["old"]) == len(batch["reference"]) == 8

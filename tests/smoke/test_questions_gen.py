@@ -88,7 +88,7 @@ def test_each_stage_leaves_weights_of_its_own(drilled: Any) -> None:
 
 def test_a_group_is_of_one_prompt_and_its_advantages_follow_from_its_rewards(drilled: Any) -> None:
     paths = sorted((folder_of(drilled, "countered") / "grpo" / "rollouts").glob("*.json"))
-    assert [int(path.stem) for path in paths] == list(range(0, 60, 2))
+    assert [int(path.stem) for path in paths] == list(range(0, 72, 2))
     for path in paths:
         batch = json.loads(path.read_bytes())
         assert len(batch["prompts"]) == len(batch["asked"]) == 8
@@ -114,7 +114,7 @@ def test_validation_is_recorded_at_its_cadence_and_memory_said_at_every_edge(dri
     folder = folder_of(drilled, "countered")
     lines = (folder / "grpo" / "validation.jsonl").read_text().splitlines()
     found = [json.loads(line) for line in lines]
-    assert [line["step"] for line in found] == [10, 20, 30, 40, 50, 60]
+    assert [line["step"] for line in found] == [10, 20, 30, 40, 50, 60, 70, 72]
     assert all(len(line["problems"]) == 4 for line in found)
     log = (folder / "log.txt").read_text()
     for where in ("sft begins", "grpo begins", "grpo validation", "distill ends"):
