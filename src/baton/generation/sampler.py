@@ -9,6 +9,8 @@ from typing import Any
 from baton.eval.config import Sampling
 from baton.generation.engine import Engine, Request
 
+_ROOM = 256
+
 
 @dataclass(kw_only=True)
 class Sampler:
@@ -65,9 +67,11 @@ class Sampler:
             self._engine.close()
             self._engine = None
         if self._engine is None:
+            # With some room, so that a slightly longer prompt does not capture everything anew.
+            room = -(-tokens // _ROOM) * _ROOM
             self._engine = Engine(
                 self.model,
-                most_tokens=tokens,
+                most_tokens=room,
                 max_new_tokens=self.max_new_tokens,
                 ends=self.ends,
                 sampling=self.sampling,
