@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from baton.collect.figure import COLOURS, QUIET, Frame, Text, lighter, style
+from baton.collect.figure import COLOURS, MARKERS, QUIET, Frame, Text, lighter, style
 from baton.collect.gather import TASKS_WITH_CURVES, Result
 from baton.collect.plots import Drawing, Heading, renamed
 
@@ -14,7 +15,8 @@ if TYPE_CHECKING:
 
 _TRAIN = lighter(COLOURS[0], 0.5)
 _DEV = COLOURS[1]
-_SCORE = COLOURS[2]
+# The loss has the first two.
+_SCORES = list(zip((*COLOURS[2:], *COLOURS[:2]), (*MARKERS[1:], MARKERS[0]), strict=True))
 
 
 def draw_curves(heading: Heading, results: Sequence[Result]) -> Drawing:
@@ -46,6 +48,7 @@ def draw_curves(heading: Heading, results: Sequence[Result]) -> Drawing:
         )
         for index, (axes, result) in enumerate(zip(frame.axes, shown, strict=True)):
             _draw_curve(axes, result, text, width={6: 22, 4: 30}.get(columns, 42))
+            _draw_scores(axes, result, _scores_of(shown))
             if index % columns == 0:
                 axes.set_ylabel("loss")
             if index >= len(shown) - columns:
@@ -62,13 +65,6 @@ def _draw_curve(axes: Axes, result: Result, text: Text, *, width: int) -> None:
     train, dev = result.train_curve, result.dev_curve
     axes.plot(train[:, 0], train[:, 1], color=_TRAIN, linewidth=1.2)
     axes.plot(dev[:, 0], dev[:, 1], color=_DEV, marker="o", markersize=4, linewidth=1.2)
-    for name, rows in (result.record.dev_scores if result.record else {}).items():
-        # A score has a scale of its own, on the right.
-        scale = axes.twinx()
-        steps, scores = zip(*rows, strict=True)
-        scale.plot(steps, scores, color=_SCORE, marker="s", markersize=3, linewidth=1.0)
-        scale.set_ylabel(name, color=_SCORE)
-        scale.set_ylim(bottom=0)
     if result.record:
         axes.axvline(result.record.training.best_step, color=QUIET, linestyle="--", linewidth=1)
     state = "" if result.record else f" ({result.state})"
@@ -77,6 +73,21 @@ def _draw_curve(axes: Axes, result: Result, text: Text, *, width: int) -> None:
     axes.locator_params(axis="x", nbins=3 if width < 30 else 4)
     axes.xaxis.set_major_formatter(_steps)
     axes.set_xlim(left=0)
+
+
+def _draw_scores(axes: Axes, result: Result, names: Sequence[str]) -> None:
+    """The scores of a task on an axis of their own, on the right; each name has its colour."""
+    curves = result.record.dev_scores if result.record else {}
+    if not curves:
+        return
+    scale = axes.twinx()
+    for name, rows in curves.items():
+        colour, marker = _SCORES[names.index(name) % len(_SCORES)]
+        steps, scores = zip(*rows, strict=True)
+        scale.plot(steps, scores, color=colour, marker=marker, markersize=3, linewidth=1.0)
+    scale.set_ylabel(names[0] if len(names) == 1 else "score")
+    scale.set_ylim(bottom=0)
+    scale.grid(visible=False)
 
 
 def _steps(step: float, _: object) -> str:
@@ -107,6 +118,9 @@ def _curve_legend(scores: Sequence[str]) -> list[tuple[Any, str]]:
     return [
         (Line2D([], [], color=_TRAIN, linewidth=1.6), "train loss"),
         (Line2D([], [], color=_DEV, marker="o", markersize=5), "dev loss"),
-        *((Line2D([], [], color=_SCORE, marker="s", markersize=4), name) for name in scores),
+        *(
+            (Line2D([], [], color=colour, marker=marker, markersize=4), name)
+            for name, (colour, marker) in zip(scores, itertools.cycle(_SCORES), strict=False)
+        ),
         (Line2D([], [], color=QUIET, linestyle="--"), "evaluated checkpoint"),
     ]

@@ -57,7 +57,8 @@ def measures(results: Sequence[Result]) -> list[Measure]:
 
 def label(entry: ScoreEntry) -> str:
     """A score with its tokenizer and library, without which it cannot be compared."""
-    return f"{entry.name} [{', '.join(filter(None, (entry.tokenizer, entry.library)))}]"
+    made_by = ", ".join(filter(None, (entry.tokenizer, entry.library)))
+    return f"{entry.name} [{made_by}]" if made_by else entry.name
 
 
 def _family(entry: ScoreEntry) -> str:

@@ -24,16 +24,17 @@ from baton.stage import Leg, Outcome
 from baton.tuning.evaluation import Exam, Question, hold
 
 _CURVES = ("reward", "keyword", "independent")
+# In the order of tables and plots.
 _MEANINGS = {
     "quality": "evaluator, six checkable parts, 0 to 1",
+    "independent": "well formed x (new, answer checked), what keywords cannot win",
+    "right": "share of answers that computing confirms",
     "content": "answer computed right 1, a number 0.5, words 0.25, else 0",
     "clarity": "formal checks that hold",
     "difficulty": "steps of the solution with a relation, of six",
     "completeness": "problem, answer, solution, and the solution reaches the answer",
     "originality": "1 - TF-IDF cosine to the nearest training problem",
     "educational": "topic recognised, solution says why",
-    "independent": "well formed x (new, answer checked), what keywords cannot win",
-    "right": "share of answers that computing confirms",
     "repetition": "share of word triples that repeat themselves; less is better",
     "keyword": "R = 0.4 D + 0.3 N + 0.2 G + 0.1 V, which keywords can win",
 }
@@ -113,12 +114,13 @@ def score_stages(
     columns: dict[str, dict[str, Floats]] = {}
     for number, stage in enumerate(STAGES):
         written = _judged(answers[number * count : (number + 1) * count], judge, known)
-        names = written[0].values()
-        columns[stage] = {name: np.array([one.values()[name] for one in written]) for name in names}
+        columns[stage] = {
+            name: np.array([one.values()[name] for one in written]) for name in _MEANINGS
+        }
     drawn = {"seed": seed, "resamples": resamples}
     scores = [
-        _score(f"{name}_{stage}", name, f"stage {stage}; {_meaning(name, values)}", found, count)
-        for stage, named in columns.items()
+        _score(f"{name}_{stage}", f"{name} ({stage})", _meaning(name, values), found, count)
+        for stage, named in reversed(columns.items())  # the task's own model first
         for name, values in named.items()
         for found in [bootstrap_mean(values, **drawn)]
     ]
