@@ -1,9 +1,11 @@
 """A hundred real questions that a small model learns by heart, through all three stages.
 
-    python tests/smoke/clara_overfit.py FOLDER [--submit]
+    python bench/clara_learns.py --rows clara_stage1_600.jsonl [--folder runs/bench_clara]
 
 The model is trained from scratch: first as a plain language model on the texts of the rows, then
-by clara. Rows of stages 2 and 3 are made of the rows of stage 1.
+by clara. Rows of stages 2 and 3 are made of the rows of stage 1. Prints F1, exact match and
+recall@1 over the very rows that were trained on, and how the losses of the stages went; set
+OMP_NUM_THREADS=1 to get the same figures again.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,8 +24,6 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from baton.data.split import split
 from baton.train.base import train_tokenizer
 
-REPOSITORY = Path(__file__).parents[2]
-REAL = REPOSITORY.parent / "shared" / "data" / "clara_stage1_600.jsonl"
 # Of 112 rows a tenth is held out: 100 are learnt.
 DOCUMENTS, ROWS, CANDIDATES = 23, 112, 5
 SIZE = {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 3}
@@ -58,9 +59,9 @@ eval: {generate: {max_new_tokens: 48, batch_size: 50}, bootstrap_resamples: 100,
 """
 
 
-def write(folder: Path) -> Path:
+def write(source: Path, folder: Path) -> Path:
     """Write rows, base model and experiment to a folder; returns the experiment's path."""
-    rows = [json.loads(line) for line in REAL.read_text(encoding="utf-8").splitlines()]
+    rows = [json.loads(line) for line in source.read_text(encoding="utf-8").splitlines()]
     short = [row for row in rows if len(row["docs"][0]) < 500 and len(row["question"]) >= 5]
     chosen = short[:DOCUMENTS]
     for row in chosen:
@@ -88,11 +89,11 @@ def write(folder: Path) -> Path:
     return path
 
 
-def _write(path: Path, rows: list[dict]) -> None:
+def _write(path: Path, rows: list[dict[str, Any]]) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
-def _pretrain(rows: list[dict], folder: Path, *, steps: int = 300) -> None:
+def _pretrain(rows: list[dict[str, Any]], folder: Path, *, steps: int = 300) -> None:
     """A small language model of these texts, with a chat tokenizer."""
     texts = [row["docs"][0] for row in rows]
     texts += [
@@ -122,17 +123,30 @@ def _pretrain(rows: list[dict], folder: Path, *, steps: int = 300) -> None:
     tokenizer.save_pretrained(folder)
 
 
+def report(folder: Path) -> None:
+    """Scores and losses of the finished task."""
+    [task] = (folder / "runs").glob("fit/*/tasks/fit")
+    record = json.loads((task / "eval" / "eval.json").read_bytes())
+    for score in record["scores"]:
+        if score["column"] in ("f1", "exact_match", "recall_at_k"):
+            print(f"{score['name']}: {score['value']:.3f} of {score['n']} questions")
+    for stage in ("stage1", "stage2", "stage3"):
+        lines = (task / stage / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        losses = [json.loads(line)["loss"] for line in lines if "loss" in line]
+        print(f"{stage}: loss {losses[0]:.2f} to {losses[-1]:.2f}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--submit", action="store_true")
+    parser.add_argument("--rows", type=Path, required=True, help="rows of stage 1")
+    parser.add_argument("--folder", type=Path, default=Path("runs/bench_clara"))
     args = parser.parse_args()
-    args.folder.mkdir(parents=True, exist_ok=True)
-    path = write(args.folder.resolve())
-    print(path)
-    if args.submit:
-        store = ["--store", str(args.folder / "runs")]
-        subprocess.run([sys.executable, "-m", "baton", "submit", str(path), *store], check=True)
+    folder = args.folder.resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    path = write(args.rows, folder)
+    store = ["--store", str(folder / "runs")]
+    subprocess.run([sys.executable, "-m", "baton", "submit", str(path), *store], check=True)
+    report(folder)
 
 
 if __name__ == "__main__":
