@@ -90,7 +90,8 @@ def test_legs_killed_in_sampling_and_between_updates_change_nothing(lab: Lab) ->
 def test_a_second_signal_in_the_middle_of_sampling_leaves_the_batch_to_the_next_leg(
     lab: Lab,
 ) -> None:
-    slow = {"grpo.max_new_tokens": "80", "grpo.prompts": "200", "grpo.batch_samples": "200"}
+    # 800 completions, drawn for seconds; four updates on them, as elsewhere here.
+    slow = {"grpo.max_new_tokens": "80", "grpo.prompts": "200", "grpo.batch_samples": "400"}
     task = task_of(lab, **slow)
     leg = lab.start(task)
     wait_for(leg, "stage=grpo step=4/12 ")

@@ -253,7 +253,7 @@ def test_a_collapse_ends_training_with_a_clear_message(run: Callable[..., Path])
 @pytest.mark.parametrize(
     ("setting", "words"),
     [
-        ("grpo.batch_samples=5", "batch_samples must divide the 32 completions"),
+        ("grpo.batch_samples=5", "batch_samples must divide the 64 completions"),
         ("grpo.max_steps=null", "max_steps must be given"),
         ("grpo.reward={keyword: 0, independent: 0, checked: 0}", "must be more than 0"),
         ("grpo.sampling.repetition_penalty=1.1", "would change the policy"),
