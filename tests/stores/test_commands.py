@@ -65,7 +65,7 @@ def test_a_trained_task_answers(lab: Lab, elsewhere: Task) -> None:
 def test_a_resume_is_verified(lab: Lab, elsewhere: Task) -> None:
     leg = baton(lab, elsewhere, "verify-resume", plan_name(elsewhere))
     assert leg.status == 0, leg.text
-    assert "lora_tiny: steps 8 to 10: bit-identical" in leg.text
+    assert "lora_tiny: train, steps 8 to 10: bit-identical" in leg.text
 
 
 def test_the_final_model_is_taken_out(lab: Lab, elsewhere: Task, tmp_path: Path) -> None:
