@@ -22,12 +22,9 @@ import os
 import subprocess
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-
-sys.path.insert(0, str(Path(__file__).parent))
 
 PROMPTS, NEW = 256, 192
 PEERS = ["single", "padded16", "padded128", "batching"]

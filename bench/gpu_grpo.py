@@ -25,19 +25,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from gpu_sft import QWEN25_3B
+
 REPOSITORY = Path(__file__).parents[1]
-QWEN25_3B = {
-    "model_type": "qwen2",
-    "hidden_size": 2048,
-    "intermediate_size": 11008,
-    "num_hidden_layers": 36,
-    "num_attention_heads": 16,
-    "num_key_value_heads": 2,
-    "vocab_size": 151936,
-    "max_position_embeddings": 32768,
-    "tie_word_embeddings": True,
-}
-TINY = QWEN25_3B | {
+MODEL = QWEN25_3B | {"model_type": "qwen2", "max_position_embeddings": 32768}
+TINY = MODEL | {
     "hidden_size": 64,
     "intermediate_size": 128,
     "num_hidden_layers": 2,
@@ -91,7 +83,7 @@ def plan_of(args: argparse.Namespace, folder: Path) -> Any:
         "model": json.dumps(
             {
                 "source": "random",
-                "config": TINY if args.tiny else QWEN25_3B,
+                "config": TINY if args.tiny else MODEL,
                 "tokenizer_vocab": 500,
             }
         ),

@@ -18,17 +18,9 @@ from pathlib import Path
 
 import torch
 
-QWEN25_3B = {
-    "model_type": "qwen2",
-    "hidden_size": 2048,
-    "intermediate_size": 11008,
-    "num_hidden_layers": 36,
-    "num_attention_heads": 16,
-    "num_key_value_heads": 2,
-    "vocab_size": 151936,
-    "max_position_embeddings": 32768,
-    "tie_word_embeddings": True,
-}
+from gpu_sft import QWEN25_3B
+
+MODEL = QWEN25_3B | {"model_type": "qwen2", "max_position_embeddings": 32768}
 
 
 def main() -> None:
@@ -44,7 +36,7 @@ def main() -> None:
     parser.add_argument("--verify", action="store_true", help="run baton verify-resume as well")
     args = parser.parse_args()
 
-    model = {"source": "random", "config": QWEN25_3B, "tokenizer_vocab": 16000}
+    model = {"source": "random", "config": MODEL, "tokenizer_vocab": 16000}
     columns = {"question": ["title", "ask"], "answer": "answer"}
     settings = [
         f"model={json.dumps(model)}",

@@ -15,10 +15,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
-
-sys.path.insert(0, str(Path(__file__).parent))
 
 STEPS = 16
 SIZES = (2048, 4096, 8192, 14336, 24576)

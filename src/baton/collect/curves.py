@@ -27,6 +27,7 @@ def draw_curves(heading: Heading, results: Sequence[Result]) -> Drawing:
     shown = curved[:TASKS_WITH_CURVES]
     with style():
         text = Text([result.name for result in results])
+        scores = _scores_of(shown)
         small = len(shown) > 12
         columns = 6 if len(shown) > 24 else 4 if len(shown) > 9 else min(3, len(shown))
         unread = sum(not result.curves_read for result in results)
@@ -43,12 +44,12 @@ def draw_curves(heading: Heading, results: Sequence[Result]) -> Drawing:
             notice=text.plain(heading.notice),
             caption=" ".join(filter(None, caption)),
             panel_height=1.8 if small else 2.5 if columns == 4 else 3.0 if columns > 1 else 5.0,
-            legend=_curve_legend(_scores_of(shown)),
+            legend=_curve_legend(scores),
             share=True,
         )
         for index, (axes, result) in enumerate(zip(frame.axes, shown, strict=True)):
             _draw_curve(axes, result, text, width={6: 22, 4: 30}.get(columns, 42))
-            _draw_scores(axes, result, _scores_of(shown))
+            _draw_scores(axes, result, scores)
             if index % columns == 0:
                 axes.set_ylabel("loss")
             if index >= len(shown) - columns:

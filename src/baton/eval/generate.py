@@ -148,14 +148,14 @@ def _run(
     ends: Sequence[int] = (),
 ) -> Answers | None:
     """Generate and decode; the first `skip` tokens of each row are not part of the answer."""
-    stop = Stop(should_stop)
+    stop = _Stop(should_stop)
     if config.sampling is not None:
         torch.manual_seed(config.sampling.seed * 1_000_003 + seed)
     ends = sorted({*end_tokens(model, tokenizer), *ends})
     decoding = _decoding(config, ends, tokenizer)
     decoding.decoder_start_token_id = start
     started = time.monotonic()
-    with torch.inference_mode(), own_defaults_hidden(model):
+    with torch.inference_mode(), _own_defaults_hidden(model):
         output = model.generate(
             **encoded,
             generation_config=decoding,
@@ -171,7 +171,7 @@ def _run(
 
 
 @contextlib.contextmanager
-def own_defaults_hidden(model: Any) -> Iterator[None]:
+def _own_defaults_hidden(model: Any) -> Iterator[None]:
     """Hide the model's generation config: transformers takes from it whatever ours leaves open.
 
     Qwen2.5-Instruct, for one, would bring a repetition penalty into greedy decoding.
@@ -216,7 +216,7 @@ def _decoding(config: GenerateConfig, ends: list[int], tokenizer: Any) -> Genera
     )
 
 
-class Stop(StoppingCriteria):  # type: ignore[misc]
+class _Stop(StoppingCriteria):  # type: ignore[misc]
     """Ends generation at the next token when asked to."""
 
     def __init__(self, should_stop: Callable[[], bool]) -> None:

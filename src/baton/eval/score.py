@@ -27,6 +27,33 @@ class Score:
     high: float
     n: int
 
+    @classmethod
+    def of(
+        cls,
+        interval: Interval,
+        *,
+        n: int,
+        column: str,
+        name: str,
+        convention: str,
+        tokenizer: str = "",
+        library: str = "",
+        scale: int = 1,
+    ) -> Score:
+        """The score whose value and bounds are an interval's; `n` counts what it is a mean of."""
+        return cls(
+            column=column,
+            name=name,
+            tokenizer=tokenizer,
+            library=library,
+            convention=convention,
+            scale=scale,
+            value=interval.mean,
+            low=interval.low,
+            high=interval.high,
+            n=n,
+        )
+
     @property
     def key(self) -> str:
         """The name for people: `rouge1[jieba, rouge_score]`."""
@@ -39,14 +66,17 @@ class ScoreSheet:
 
     `per_sample` has one float a row for every column that is a mean over samples. Corpus BLEU
     is not one: its rows are in `bleu_statistics` (n, 10), for `paired_corpus_bleu_difference`.
+    Either may be empty: then there is nothing to compare row by row.
     """
 
     scores: list[Score]
-    per_sample: dict[str, Floats]
-    bleu_statistics: bleu.Statistics
+    per_sample: dict[str, Floats] = dataclasses.field(default_factory=dict)
+    bleu_statistics: bleu.Statistics = dataclasses.field(
+        default_factory=lambda: np.zeros((0, 10), dtype=np.int64)
+    )
     seed: int
     resamples: int
-    level: float
+    level: float = LEVEL
 
     def score(self, column: str) -> Score:
         """The score of one column; KeyError if there is none of that name."""
@@ -208,6 +238,4 @@ def _score_pair(prediction: str, reference: str) -> list[float]:
 
 
 def _labelled(kind: _Kind, interval: Interval, *, n: int) -> Score:
-    return Score(
-        **dataclasses.asdict(kind), value=interval.mean, low=interval.low, high=interval.high, n=n
-    )
+    return Score.of(interval, n=n, **dataclasses.asdict(kind))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -10,8 +9,6 @@ from typing import Any
 from baton.eval.config import GenerateConfig
 from baton.eval.generate import Answers, end_tokens, generate
 from baton.generation.engine import Engine, Request
-
-log = logging.getLogger(__name__)
 
 # Seeds of one batch's prompts lie side by side.
 _PROMPTS_OF_A_BATCH = 1 << 20
@@ -34,7 +31,7 @@ def answer_batches(
     an answer must not depend by a rounding error on which others are written beside it.
     `answer` is another way to answer one batch, with the arguments of `generate`.
     """
-    if answer is not None or chosen_engine(model, config, exact=exact) == "padded":
+    if answer is not None or _engine(model, config, exact=exact) == "padded":
         for number, prompts in batches.items():
             answers = (answer or generate)(
                 model,
@@ -52,7 +49,7 @@ def answer_batches(
         yield from _paged(model, tokenizer, batches, config, ends, should_stop)
 
 
-def chosen_engine(model: Any, config: GenerateConfig, *, exact: bool) -> str:
+def _engine(model: Any, config: GenerateConfig, *, exact: bool) -> str:
     """`paged` or `padded`: what `auto` means here, or what the configuration says."""
     if config.engine != "auto":
         return config.engine

@@ -7,13 +7,13 @@ from typing import Any
 import torch
 
 from baton.train.batch import PackedBatch
-from baton.train.loss import is_plain
+from baton.train.loss import LabelledPositions
 
 # As for the loss: the most rows of logits that exist at once.
 _CHUNK_TOKENS = 1024
 
 
-class TokenLogprobs:
+class TokenLogprobs(LabelledPositions):
     """Log-probabilities of the labels of a packed micro-batch under a Hugging Face causal model.
 
     At a `temperature` T they are those of `softmax(logits / T)`, from which a sampler at T draws.
@@ -22,28 +22,18 @@ class TokenLogprobs:
     def __init__(
         self, model: torch.nn.Module, *, compute_dtype: torch.dtype, temperature: float = 1.0
     ) -> None:
-        self.model = model
-        self.compute_dtype = compute_dtype
+        super().__init__(model, compute_dtype=compute_dtype)
         self.temperature = temperature
-        head = model.get_output_embeddings()
-        self.head: torch.nn.Module | None = head if is_plain(model, head) else None
 
     def __call__(self, batch: PackedBatch) -> torch.Tensor:
         """`(labelled,)` float32, in the order of `batch.labels`."""
-        inputs = dict(
-            input_ids=batch.input_ids,
-            position_ids=batch.position_ids,
-            use_cache=False,
-            **batch.attention(),
-        )
-        if self.head is None:
-            logits = self.model(**inputs, logits_to_keep=batch.predicts).logits[0].float()
-            chosen = (logits / self.temperature).log_softmax(-1).gather(1, batch.labels[:, None])
+        values, weight = self.outputs(batch)
+        if weight is None:
+            chosen = (values / self.temperature).log_softmax(-1).gather(1, batch.labels[:, None])
             return chosen[:, 0]
-        hidden = self.model.base_model(**inputs).last_hidden_state[0]
         return linear_logprobs(
-            hidden.index_select(0, batch.predicts),
-            self.head.weight,
+            values,
+            weight,
             batch.labels,
             compute_dtype=self.compute_dtype,
             temperature=self.temperature,

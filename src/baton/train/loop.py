@@ -291,9 +291,8 @@ class Loop:
         Returns the share's part of the loss, and whether memory ran out.
         """
         step, budget = self.state.step, self.state.tokens_per_micro_batch
-        batches = self._collated(step, budget)
-        if self.ahead is not None:
-            batches = self.ahead.take(step, budget)
+        make = self._collated if self.ahead is None else self.ahead.take
+        batches = make(step, budget)
         total = torch.zeros((), device=self.ranks.device)
         self.model.train()
         try:

@@ -24,26 +24,24 @@ _HEAD_EXTRAS = (
 )
 
 
-class CausalLoss:
-    """The summed loss of a packed micro-batch under a Hugging Face causal model.
+class LabelledPositions:
+    """A Hugging Face causal model, asked about the labelled positions of packs only.
 
-    The head runs on the hidden states of labelled positions only, a chunk at a time, and its
-    gradient is taken on the way, so the whole matrix of logits never exists. Models whose
-    head is more than one matrix (a bias, soft-capping, an adapter on it) go through their own
-    head, on the same positions.
+    Attributes:
+        head: the model's head where its logits are one product with its weight, else None: a
+            bias, soft-capping or an adapter on it make it more than that.
     """
 
-    def __init__(
-        self, model: torch.nn.Module, *, compute_dtype: torch.dtype, compiled: bool = False
-    ) -> None:
+    def __init__(self, model: torch.nn.Module, *, compute_dtype: torch.dtype) -> None:
         self.model = model
         self.compute_dtype = compute_dtype
-        self.compiled = compiled
         head = model.get_output_embeddings()
-        self.head: torch.nn.Module | None = head if is_plain(model, head) else None
+        self.head: torch.nn.Module | None = head if _is_plain(model, head) else None
 
-    def __call__(self, batch: PackedBatch, embeddings: torch.Tensor | None = None) -> torch.Tensor:
-        """Sum of the loss over labelled tokens: a float32 scalar with gradient.
+    def outputs(
+        self, batch: PackedBatch, embeddings: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Hidden states `(labelled, width)` and the head's weight; or logits, float32, and None.
 
         `embeddings`, `(1, tokens, width)`, stand for those of `batch.input_ids` where given.
         """
@@ -58,19 +56,43 @@ class CausalLoss:
             **batch.attention(),
         )
         if self.head is None:
-            logits = self.model(**inputs, logits_to_keep=batch.predicts).logits[0].float()
-            return torch.nn.functional.cross_entropy(logits, batch.labels, reduction="sum")
+            return self.model(**inputs, logits_to_keep=batch.predicts).logits[0].float(), None
         hidden = self.model.base_model(**inputs).last_hidden_state[0]
+        return hidden.index_select(0, batch.predicts), self.head.weight
+
+
+class CausalLoss(LabelledPositions):
+    """The summed loss of a packed micro-batch under a Hugging Face causal model.
+
+    The head runs on the hidden states of labelled positions only, a chunk at a time, and its
+    gradient is taken on the way, so the whole matrix of logits never exists. Models whose
+    head is more than one matrix go through their own head, on the same positions.
+    """
+
+    def __init__(
+        self, model: torch.nn.Module, *, compute_dtype: torch.dtype, compiled: bool = False
+    ) -> None:
+        super().__init__(model, compute_dtype=compute_dtype)
+        self.compiled = compiled
+
+    def __call__(self, batch: PackedBatch, embeddings: torch.Tensor | None = None) -> torch.Tensor:
+        """Sum of the loss over labelled tokens: a float32 scalar with gradient.
+
+        `embeddings` as for `outputs`.
+        """
+        values, weight = self.outputs(batch, embeddings)
+        if weight is None:
+            return torch.nn.functional.cross_entropy(values, batch.labels, reduction="sum")
         return linear_cross_entropy(
-            hidden.index_select(0, batch.predicts),
-            self.head.weight,
+            values,
+            weight,
             batch.labels,
             compute_dtype=self.compute_dtype,
             compiled=self.compiled,
         )
 
 
-def is_plain(model: torch.nn.Module, head: torch.nn.Module) -> bool:
+def _is_plain(model: torch.nn.Module, head: torch.nn.Module) -> bool:
     """Are the logits of this model one product with the weight of its head?"""
     config = model.config.get_text_config()
     extras = [getattr(config, name, None) for name in _HEAD_EXTRAS]

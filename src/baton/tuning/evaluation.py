@@ -160,7 +160,7 @@ def _answer(
     model = exam.model or TaskModel.of(leg)
     tokenizer = model.tokenizer()
     total = len(shards)
-    answered = sum(shard_name(i) in leg.store.names(f"{FOLDER}/shards") for i in range(total))
+    answered = len(set(leg.store.names(f"{FOLDER}/shards")) & set(map(shard_name, range(total))))
     stages = [exam.stage_of(shard[0]) for shard in shards]
     # Counted from the stage's first shard: each stage's model draws in the same way.
     first = stages.index(stages[mine[0]])

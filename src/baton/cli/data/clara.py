@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any, cast
 
 import click
 
+from baton.cli.data.findings import say_findings
 from baton.cli.data.teacher import open_teacher, say_usage, teacher_options
-from baton.errors import ConfigError, DataError, ExitStatus
-
-# Of more notes than that, the first ones and their number say enough.
-_SHOWN_NOTES = 20
+from baton.errors import ConfigError, DataError
 
 
 @click.group()
@@ -37,16 +34,7 @@ def check(file: Path, stage: str | None, top_k: int, doc_max_length: int) -> Non
     findings = examine(
         file, stage=stage or stage_of(file), top_k=top_k, doc_max_length=doc_max_length
     )
-    for mistake in findings.mistakes:
-        click.echo(f"error: {mistake}", err=True)
-    for note in findings.notes[:_SHOWN_NOTES]:
-        click.echo(f"note: {note}", err=True)
-    if len(findings.notes) > _SHOWN_NOTES:
-        click.echo(f"note: and {len(findings.notes) - _SHOWN_NOTES:,} more notes", err=True)
-    click.echo(f"{file}: {findings.summary}")
-    if findings.mistakes:
-        click.echo(f"{len(findings.mistakes):,} mistakes; nothing can be trained on this file")
-        sys.exit(ExitStatus.STOP)
+    say_findings(file, findings)
 
 
 @clara.command()

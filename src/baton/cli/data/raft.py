@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
 import click
 
+from baton.cli.data.findings import say_findings
 from baton.cli.data.teacher import open_teacher, say_usage, teacher_options
-from baton.errors import DataError, ExitStatus
+from baton.errors import DataError
 
 FORMAT = click.option(
     "--format",
@@ -18,8 +18,6 @@ FORMAT = click.option(
     show_default=True,
     help="medical, berkeley, or a .yaml file of your own.",
 )
-# Of more notes than that, the first ones and their number say enough.
-_SHOWN_NOTES = 20
 
 
 @click.group()
@@ -51,16 +49,7 @@ def check(file: Path, format_name: str) -> None:
     from baton.pipelines.raft.format import load_format
 
     findings = examine(file, load_format(format_name))
-    for mistake in findings.mistakes:
-        click.echo(f"error: {mistake}", err=True)
-    for note in findings.notes[:_SHOWN_NOTES]:
-        click.echo(f"note: {note}", err=True)
-    if len(findings.notes) > _SHOWN_NOTES:
-        click.echo(f"note: and {len(findings.notes) - _SHOWN_NOTES:,} more notes", err=True)
-    click.echo(f"{file}: {findings.summary}")
-    if findings.mistakes:
-        click.echo(f"{len(findings.mistakes):,} mistakes; nothing can be trained on this file")
-        sys.exit(ExitStatus.STOP)
+    say_findings(file, findings)
 
 
 @raft.command()

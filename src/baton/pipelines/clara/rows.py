@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from baton.data.json_rows import read_objects
-from baton.errors import DataError
+from baton.data.examined import examine_rows, required
 from baton.pipelines.clara.memory import is_reserved_in
 
 _GOLD = ("gold_answer", "answer", "answers", "golden_answers")
@@ -53,46 +52,24 @@ Row = SayRow | AskRow
 
 def read_say(path: Path) -> list[SayRow]:
     """Rows of stage 1. Raises `DataError` with every mistake."""
-    return _required(path, *examine_say(path))
+    return required(path, *examine_say(path), shown=_SHOWN_PROBLEMS)
 
 
 def read_ask(path: Path, *, least: int, most: int | None = None) -> list[AskRow]:
     """Rows of stage 2 (`least` and `most` are top_k) or stage 3. Raises `DataError`."""
-    return _required(path, *examine_ask(path, least=least, most=most))
+    return required(path, *examine_ask(path, least=least, most=most), shown=_SHOWN_PROBLEMS)
 
 
 def examine_say(path: Path) -> tuple[list[SayRow], list[str]]:
     """The good rows of stage 1, and `file:line: field: what, what to do` for every mistake."""
-    rows, problems = [], []
-    for number, (line, record) in enumerate(read_objects(path), start=1):
-        mistakes = list(_say_mistakes(record))
-        problems += [f"{path}:{line}: {mistake}" for mistake in mistakes]
-        if not mistakes:
-            rows.append(_say_row(number, line, record))
-    return rows, problems
+    return examine_rows(path, _say_mistakes, _say_row)
 
 
 def examine_ask(
     path: Path, *, least: int, most: int | None = None
 ) -> tuple[list[AskRow], list[str]]:
     """The same for stages 2 and 3; a row has at least `least` and at most `most` documents."""
-    rows, problems = [], []
-    for number, (line, record) in enumerate(read_objects(path), start=1):
-        mistakes = list(_ask_mistakes(record, least, most))
-        problems += [f"{path}:{line}: {mistake}" for mistake in mistakes]
-        if not mistakes:
-            rows.append(_ask_row(number, line, record))
-    return rows, problems
-
-
-def _required(path: Path, rows: list[Any], problems: list[str]) -> list[Any]:
-    if problems:
-        shown = problems[:_SHOWN_PROBLEMS]
-        more = len(problems) - len(shown)
-        raise DataError("\n".join([*shown, f"and {more:,} more mistakes"] if more else shown))
-    if not rows:
-        raise DataError(f"{path}: holds no rows")
-    return rows
+    return examine_rows(path, lambda record: _ask_mistakes(record, least, most), _ask_row)
 
 
 def _say_row(number: int, line: int, record: Any) -> SayRow:

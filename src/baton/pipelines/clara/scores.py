@@ -8,9 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
-from baton.eval.bootstrap import LEVEL, bootstrap_mean
+from baton.eval.bootstrap import bootstrap_mean
 from baton.eval.rouge import characters
 from baton.eval.score import Score, ScoreSheet
 
@@ -118,25 +116,17 @@ def score_systems(
                     scores += _recall(rows, seed, resamples)
                 values = [_value(row, kind, measure) for row in rows]
                 scores.append(
-                    _score(
-                        f"{column}{kind.suffix}{ending}",
-                        f"{label}{name}",
-                        kind.tokenizer,
-                        kind.library,
-                        kind.convention,
-                        values,
-                        seed,
-                        resamples,
+                    Score.of(
+                        bootstrap_mean(values, seed=seed, resamples=resamples),
+                        n=len(values),
+                        column=f"{column}{kind.suffix}{ending}",
+                        name=f"{label}{name}",
+                        tokenizer=kind.tokenizer,
+                        library=kind.library,
+                        convention=kind.convention,
                     )
                 )
-    return ScoreSheet(
-        scores=scores,
-        per_sample={},
-        bleu_statistics=np.zeros((0, 10), dtype=np.int64),
-        seed=seed,
-        resamples=resamples,
-        level=LEVEL,
-    )
+    return ScoreSheet(scores=scores, seed=seed, resamples=resamples)
 
 
 def _recall(rows: Sequence[Answered], seed: int, resamples: int) -> list[Score]:
@@ -149,34 +139,17 @@ def _recall(rows: Sequence[Answered], seed: int, resamples: int) -> list[Score]:
     convention = (
         f"share of pos_index among the {k} chosen; {without} rows without positives left out"
     )
-    return [_score("recall_at_k", f"recall@{k}", "", "", convention, values, seed, resamples)]
+    return [
+        Score.of(
+            bootstrap_mean(values, seed=seed, resamples=resamples),
+            n=len(values),
+            column="recall_at_k",
+            name=f"recall@{k}",
+            convention=convention,
+        )
+    ]
 
 
 def _value(row: Answered, kind: _Kind, measure: Callable[[str, str, Tokens], float]) -> float:
     golds = row.golds if kind.every_gold else row.golds[:1]
     return max(measure(row.prediction, gold, kind.tokens) for gold in golds)
-
-
-def _score(
-    column: str,
-    name: str,
-    tokenizer: str,
-    library: str,
-    convention: str,
-    values: Sequence[float],
-    seed: int,
-    resamples: int,
-) -> Score:
-    interval = bootstrap_mean(values, seed=seed, resamples=resamples)
-    return Score(
-        column=column,
-        name=name,
-        tokenizer=tokenizer,
-        library=library,
-        convention=convention,
-        scale=1,
-        value=interval.mean,
-        low=interval.low,
-        high=interval.high,
-        n=len(values),
-    )

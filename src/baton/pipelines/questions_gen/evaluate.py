@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 import numpy as np
 
 from baton.data.tokenise import ChatEncoder
-from baton.eval.bootstrap import LEVEL, Floats, Interval, bootstrap_mean, paired_difference
+from baton.eval.bootstrap import Floats, bootstrap_mean, paired_difference
 from baton.eval.score import Score, ScoreSheet
 from baton.pipelines.questions_gen.config import QuestionsGen
 from baton.pipelines.questions_gen.data import read_part
@@ -119,21 +119,26 @@ def score_stages(
         }
     drawn = {"seed": seed, "resamples": resamples}
     scores = [
-        _score(f"{name}_{stage}", f"{name} ({stage})", _meaning(name, values), found, count)
+        Score.of(
+            bootstrap_mean(values, **drawn),
+            n=count,
+            column=f"{name}_{stage}",
+            name=f"{name} ({stage})",
+            convention=_meaning(name, values),
+        )
         for stage, named in reversed(columns.items())  # the task's own model first
         for name, values in named.items()
-        for found in [bootstrap_mean(values, **drawn)]
     ]
     for earlier, later in itertools.pairwise(STAGES):
         gained = paired_difference(columns[later]["quality"], columns[earlier]["quality"], **drawn)
         scores.append(
-            _score(
-                f"quality_{later}_minus_{earlier}",
-                "quality gained",
-                f"{later} - {earlier}, the same prompts"
-                + ("" if gained.excludes_zero else "; not decided: the interval holds 0"),
+            Score.of(
                 gained,
-                count,
+                n=count,
+                column=f"quality_{later}_minus_{earlier}",
+                name="quality gained",
+                convention=f"{later} - {earlier}, the same prompts"
+                + ("" if gained.excludes_zero else "; not decided: the interval holds 0"),
             )
         )
     return ScoreSheet(
@@ -143,10 +148,8 @@ def score_stages(
             for stage, named in columns.items()
             for name, values in named.items()
         },
-        bleu_statistics=np.zeros((0, 10), dtype=np.int64),
         seed=seed,
         resamples=resamples,
-        level=LEVEL,
     )
 
 
@@ -162,18 +165,3 @@ def _judged(texts: Sequence[str], judge: Judge, history: History) -> list[Writte
 def _meaning(name: str, values: Floats) -> str:
     meaning = _MEANINGS[name]
     return f"{meaning}; grade {grade(float(values.mean()))}" if name == "quality" else meaning
-
-
-def _score(column: str, name: str, convention: str, found: Interval, count: int) -> Score:
-    return Score(
-        column=column,
-        name=name,
-        tokenizer="",
-        library="",
-        convention=convention,
-        scale=1,
-        value=found.mean,
-        low=found.low,
-        high=found.high,
-        n=count,
-    )

@@ -335,14 +335,14 @@ class Rollouts:
             kind = KINDS[int(rng.integers(len(KINDS)))]
             wanted.append(Request("", "", kind, read_problem(text)))
         cursor = Cursor(len(self.requests), config.prompts, mix_seed(config.seed, _PROMPTS))
-        wanted += [self.requests[i] for i in cursor.at(number)][varied:]
-        spare = [self.requests[i] for i in cursor.at(number)][:varied]
+        drawn = [self.requests[i] for i in cursor.at(number)]
+        wanted += drawn[varied:]
         encoded = self.policy.encode(wanted)
         # A variation of a problem that fills the context makes room for an ordinary prompt.
-        for place, tokens in enumerate(encoded):
-            if tokens is None and place < varied:
-                wanted[place] = spare[place]
-        encoded = self.policy.encode(wanted)
+        for place in range(varied):
+            if encoded[place] is None:
+                wanted[place] = drawn[place]
+                [encoded[place]] = self.policy.encode([drawn[place]])
         prompts = [tokens for tokens in encoded if tokens is not None]
         if len(prompts) < len(wanted):
             raise DataError(

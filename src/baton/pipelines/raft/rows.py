@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from baton.data.chunks import same
-from baton.data.json_rows import read_objects
-from baton.errors import DataError
+from baton.data.examined import examine_rows, required
 
 ORACLE, DISTRACTOR = "oracle", "distractor"
 _KINDS = (ORACLE, DISTRACTOR)
@@ -59,25 +58,12 @@ def read(path: Path) -> list[Row]:
     Raises:
         DataError: names line, field and mistake of every bad row, or the file is none of ours.
     """
-    rows, problems = examine(path)
-    if problems:
-        shown = problems[:_SHOWN_PROBLEMS]
-        more = len(problems) - len(shown)
-        raise DataError("\n".join([*shown, f"and {more:,} more mistakes"] if more else shown))
-    if not rows:
-        raise DataError(f"{path}: holds no rows")
-    return rows
+    return required(path, *examine(path), shown=_SHOWN_PROBLEMS)
 
 
 def examine(path: Path) -> tuple[list[Row], list[str]]:
     """The good rows, and a message for every mistake: `file:line: field: what, what to do`."""
-    rows, problems = [], []
-    for number, (line, record) in enumerate(read_objects(path), start=1):
-        mistakes = list(_mistakes(record))
-        problems += [f"{path}:{line}: {mistake}" for mistake in mistakes]
-        if not mistakes:
-            rows.append(_row(number, line, record))
-    return rows, problems
+    return examine_rows(path, _mistakes, _row)
 
 
 def _row(number: int, line: int, record: Any) -> Row:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -70,14 +70,7 @@ def score_answers(
         ]
         if pairs:
             scores += _Group(group, pairs, format, seed, resamples).scores()
-    return ScoreSheet(
-        scores=scores,
-        per_sample={},
-        bleu_statistics=np.zeros((0, 10), dtype=np.int64),
-        seed=seed,
-        resamples=resamples,
-        level=LEVEL,
-    )
+    return ScoreSheet(scores=scores, seed=seed, resamples=resamples)
 
 
 @dataclass(frozen=True)
@@ -161,17 +154,10 @@ class _Group:
             resamples=self.resamples,
         )
         return [
-            Score(
+            replace(
+                score,
                 column=f"{score.column}_{self.name}",
                 name=f"{score.name} ({self._rows})",
-                tokenizer=score.tokenizer,
-                library=score.library,
-                convention=score.convention,
-                scale=score.scale,
-                value=score.value,
-                low=score.low,
-                high=score.high,
-                n=score.n,
             )
             for score in sheet.scores
         ]
@@ -183,15 +169,11 @@ class _Group:
     def _score(
         self, name: str, convention: str, interval: Interval, *, n: int, tokenizer: str = ""
     ) -> Score:
-        return Score(
+        return Score.of(
+            interval,
+            n=n,
             column=f"{name}_{self.name}",
             name=f"{name} ({self._rows})",
             tokenizer=tokenizer,
-            library="",
             convention=convention,
-            scale=1,
-            value=interval.mean,
-            low=interval.low,
-            high=interval.high,
-            n=n,
         )
