@@ -1,7 +1,8 @@
 """Supervised fine-tuning on a GPU: the training loop beside its peers, each in a fresh process.
 
-    python bench/gpu_sft.py [lora_planned lora qlora lora_memory qlora_memory raft
-                             raft_memory_1 raft_memory_2 raft_memory_4
+    python bench/gpu_sft.py [lora_planned qlora_planned lora qlora lora_memory qlora_memory raft
+                             raft_memory_1 raft_memory_2 raft_memory_4 raft_dropout
+                             raft_memory_4_dropout
                              reference trl trainer] [--steps 16] [--gpus 2]
 
 Random weights of the published shape; samples of random tokens with lognormal lengths (median
@@ -95,25 +96,22 @@ class Arm:
     recompute: bool | None = False
     rank: int = 16
     length: int | None = None
+    dropout: float = 0.0
 
 
+RAFT = Arm(shape=QWEN25_7B, method="lora", batch=4, budget=16384, rank=64, length=4096)
 ARMS = {
     "lora_planned": Arm(shape=QWEN25_3B, method="lora", batch=96, recompute=None),
+    "qlora_planned": Arm(shape=QWEN25_3B, method="qlora", batch=96, recompute=None),
     "lora": Arm(shape=QWEN25_3B, method="lora", batch=96, budget=14336),
     "qlora": Arm(shape=QWEN25_3B, method="qlora", batch=96, budget=14336),
     "lora_memory": Arm(shape=QWEN25_3B, method="lora", batch=96, budget=10240, recompute=True),
     "qlora_memory": Arm(shape=QWEN25_3B, method="qlora", batch=96, budget=10240, recompute=True),
-    "raft": Arm(shape=QWEN25_7B, method="lora", batch=4, budget=16384, rank=64, length=4096),
+    "raft": RAFT,
+    "raft_dropout": replace(RAFT, dropout=0.05),
+    "raft_memory_4_dropout": replace(RAFT, recompute=True, dropout=0.05),
     **{
-        f"raft_memory_{batch}": Arm(
-            shape=QWEN25_7B,
-            method="lora",
-            batch=4,
-            budget=4096 * batch,
-            recompute=True,
-            rank=64,
-            length=4096,
-        )
+        f"raft_memory_{batch}": replace(RAFT, budget=4096 * batch, recompute=True)
         for batch in (1, 2, 4)
     },
 }
@@ -178,7 +176,13 @@ def build(arm: Arm, steps: int, on_progress: Callable[[Mapping[str, Any]], None]
     )
     learner = build_learner(
         PathModel(source="path", path=str(weights(arm.shape))),
-        AdapterConfig(method=arm.method, r=arm.rank, alpha=2 * arm.rank, targets="all-linear"),
+        AdapterConfig(
+            method=arm.method,
+            r=arm.rank,
+            alpha=2 * arm.rank,
+            dropout=arm.dropout,
+            targets="all-linear",
+        ),
         base_folder=root,
         revision="",
         device=ranks.device,
@@ -193,11 +197,7 @@ def build(arm: Arm, steps: int, on_progress: Callable[[Mapping[str, Any]], None]
         config=config,
         model=learner.model,
         weights=learner.weights,
-        loss=CausalLoss(
-            learner.network,
-            compute_dtype=torch.bfloat16,
-            compiled=is_compiled(config, ranks.device),
-        ),
+        loss=CausalLoss(learner.network, compute_dtype=torch.bfloat16),
         train=samples(arm, steps),
         dev=Samples(np.empty(0), 1000),
         environment=environment_of(ranks),

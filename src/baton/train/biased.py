@@ -15,6 +15,7 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
+from baton.train.dropout import HashDropout
 from baton.train.layers import layers_of
 
 NAME = "baton_biased"
@@ -77,30 +78,6 @@ def biased_attention(
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     out, _ = _attend(query, key, value, position_bias, mask, seed, scale, causal, dropout)
     return out, None
-
-
-class HashDropout(torch.nn.Module):  # type: ignore[misc]
-    """Dropout whose mask is a hash of each value's place: cheap to compile, cheap to make again.
-
-    The compiler's own random numbers (Philox) take longer than moving the values does.
-    """
-
-    def __init__(self, p: float) -> None:
-        super().__init__()
-        self.p = p
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if not self.training or self.p == 0:
-            return x
-        seed = torch.randint(2**31 - 1, (1,), dtype=torch.int32, device=x.device)
-        # Wellons' lowbias32, in arithmetic of 32 signed bits that wraps. The seed comes first:
-        # products of a bare index the compiler works out by itself, in wider numbers.
-        word = torch.arange(x.numel(), dtype=torch.int32, device=x.device).view(x.shape) + seed
-        word = (word ^ ((word >> 16) & 0xFFFF)) * 0x7FEB352D
-        word = (word ^ ((word >> 15) & 0x1FFFF)) * -0x7B935975
-        word = word ^ ((word >> 16) & 0xFFFF)
-        kept = (word & 0xFFFFFF) >= int(self.p * (1 << 24))
-        return torch.where(kept, x * (1 / (1 - self.p)), 0.0)
 
 
 @torch.library.custom_op("baton::biased_attention", mutates_args=())

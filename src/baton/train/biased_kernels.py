@@ -13,18 +13,11 @@ import torch
 import triton
 import triton.language as tl
 
+from baton.train.dropout_kernels import is_kept
+
 _BLOCK = 64
 _PARTS = 8  # of the batch, each a program's share of the bias's gradient
 _LOG2E = math.log2(math.e)
-
-
-@triton.jit
-def _is_kept(index, seed, threshold):
-    """A hash of 32 bits (Wellons' lowbias32) against the rate of dropout."""
-    x = index.to(tl.uint32) * 0x9E3779B1 + seed.to(tl.uint32)
-    x = (x ^ (x >> 16)) * 0x7FEB352D
-    x = (x ^ (x >> 15)) * 0x846CA68B
-    return (x ^ (x >> 16)) >= threshold
 
 
 @triton.jit
@@ -103,7 +96,7 @@ def _forward(
         total = total * shrink + tl.sum(weight, 1)
         if DROPS:
             index = (pair * n + row[:, None]) * m + column[None, :]
-            weight = tl.where(_is_kept(index, number, threshold), weight * grow, 0.0)
+            weight = tl.where(is_kept(index, number, threshold), weight * grow, 0.0)
         sums = sums * shrink[:, None] + tl.dot(weight.to(value.dtype), value)
         most = higher
     total = tl.maximum(total, 1e-30)
@@ -123,7 +116,7 @@ def _slopes(
     dropped = weight
     if DROPS:
         index = (pair * n + row[:, None]) * m + column[None, :]
-        kept = _is_kept(index, number, threshold)
+        kept = is_kept(index, number, threshold)
         dropped = tl.where(kept, weight * grow, 0.0)
         grown = tl.where(kept, grown * grow, 0.0)
     return dropped, weight * (grown - delta[:, None])

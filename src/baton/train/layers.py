@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import importlib.util
 import logging
-import shutil
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -18,6 +16,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from baton.train.config import TrainConfig
+from baton.train.launchable import why_not_launched
 
 log = logging.getLogger(__name__)
 
@@ -30,23 +29,11 @@ def layers_of(network: torch.nn.Module) -> list[torch.nn.Module]:
     return [m for m in network.modules() if isinstance(m, GradientCheckpointingLayer)]
 
 
-def why_not_compiled(device: torch.device) -> str:
-    """Why layers cannot be compiled for this GPU; empty if they can."""
-    if torch.cuda.get_device_capability(device) < (7, 0):
-        return f"{torch.cuda.get_device_name(device)} is too old for Triton"
-    if importlib.util.find_spec("triton") is None:
-        return "the triton package is missing"
-    # Triton builds a small launcher in C for every kernel.
-    if not any(shutil.which(name) for name in ("cc", "gcc", "clang")):
-        return "no C compiler (install gcc)"
-    return ""
-
-
 def is_compiled(config: TrainConfig, device: torch.device) -> bool:
     """Does a run with this configuration compile? Says why not, where one could expect it."""
     if not config.compile or device.type != "cuda":
         return False
-    why = "deterministic: true" if config.deterministic else why_not_compiled(device)
+    why = "deterministic: true" if config.deterministic else why_not_launched(device)
     if why:
         log.warning("layers are not compiled, training is slower: %s", why)
     return not why

@@ -25,7 +25,6 @@ class Learner:
     model: torch.nn.Module
     weights: Weights
     base_fingerprint: str
-    compiled: bool = False
 
     @property
     def trainable_parameters(self) -> int:
@@ -79,5 +78,4 @@ def build_learner(
         model=trained,
         weights=weights,
         base_fingerprint=base,
-        compiled=compiled,
     )

@@ -7,6 +7,11 @@ from typing import Any
 import torch
 
 from baton.train.batch import PackedBatch
+from baton.train.launchable import HAS_TRITON, can_launch
+
+kernels: Any = None
+if HAS_TRITON:
+    from baton.train import loss_kernels as kernels
 
 # So many logits exist at once: 0.5 GB in float32, 880 rows of a vocabulary of 152k.
 _CHUNK_LOGITS = 1 << 27
@@ -69,12 +74,6 @@ class CausalLoss(LabelledPositions):
     head is more than one matrix go through their own head, on the same positions.
     """
 
-    def __init__(
-        self, model: torch.nn.Module, *, compute_dtype: torch.dtype, compiled: bool = False
-    ) -> None:
-        super().__init__(model, compute_dtype=compute_dtype)
-        self.compiled = compiled
-
     def __call__(self, batch: PackedBatch, embeddings: torch.Tensor | None = None) -> torch.Tensor:
         """Sum of the loss over labelled tokens: a float32 scalar with gradient.
 
@@ -83,13 +82,7 @@ class CausalLoss(LabelledPositions):
         values, weight = self.outputs(batch, embeddings)
         if weight is None:
             return torch.nn.functional.cross_entropy(values, batch.labels, reduction="sum")
-        return linear_cross_entropy(
-            values,
-            weight,
-            batch.labels,
-            compute_dtype=self.compute_dtype,
-            compiled=self.compiled,
-        )
+        return linear_cross_entropy(values, weight, batch.labels, compute_dtype=self.compute_dtype)
 
 
 def _is_plain(model: torch.nn.Module, head: torch.nn.Module) -> bool:
@@ -110,7 +103,6 @@ def linear_cross_entropy(
     labels: torch.Tensor,
     *,
     compute_dtype: torch.dtype,
-    compiled: bool = False,
 ) -> torch.Tensor:
     """Summed cross-entropy of `softmax(hidden @ weight.T)` against `labels`.
 
@@ -119,27 +111,33 @@ def linear_cross_entropy(
         weight: `(vocabulary, width)`.
         labels: `(tokens,)` int64, none of them ignored.
         compute_dtype: of the matrix products; the softmax is always float32.
-        compiled: fuse the softmax and its gradient; compiles at the first call.
     """
-    loss: torch.Tensor = _LinearCrossEntropy.apply(hidden, weight, labels, compute_dtype, compiled)
+    loss: torch.Tensor = _LinearCrossEntropy.apply(hidden, weight, labels, compute_dtype)
     return loss
 
 
-def _cross_entropy(
-    logits: torch.Tensor, labels: torch.Tensor, scale: float
+def cross_entropy(
+    logits: torch.Tensor, labels: torch.Tensor, vocabulary: int, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Summed loss of `(tokens, vocabulary)` logits, and `scale` times their gradient."""
-    wide = logits.float()
+    """Summed cross-entropy, and `scale` times its gradient; may overwrite `logits`.
+
+    Args:
+        logits: `(tokens, columns)`, contiguous; those after the first `vocabulary` are pads.
+        labels: `(tokens,)` int64.
+    """
+    if can_launch(logits):
+        made: tuple[torch.Tensor, torch.Tensor] = kernels.cross_entropy(
+            logits, labels, vocabulary, scale
+        )
+        return made
+    logits[:, vocabulary:] = -torch.inf
+    wide, label = logits.to(torch.promote_types(logits.dtype, torch.float32)), labels[:, None]
     normaliser = wide.logsumexp(dim=1, keepdim=True)
-    loss = (normaliser - wide.gather(1, labels)).sum()
+    loss = (normaliser - wide.gather(1, label)).sum()
     # d loss / d logits = softmax - one-hot
     column = torch.arange(logits.shape[1], device=logits.device)
-    grad = wide.sub_(normaliser).exp_().sub_((column == labels).to(logits.dtype))
+    grad = wide.sub_(normaliser).exp_().sub_((column == label).to(logits.dtype))
     return loss, grad.mul_(scale).to(logits.dtype)
-
-
-# One pass for the normaliser and one for the gradient; made at the first call.
-_compiled_cross_entropy = torch.compile(_cross_entropy, dynamic=True)
 
 
 def _product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -158,9 +156,7 @@ class _LinearCrossEntropy(torch.autograd.Function):  # type: ignore[misc]
         weight: torch.Tensor,
         labels: torch.Tensor,
         dtype: torch.dtype,
-        compiled: bool,
     ) -> torch.Tensor:
-        cross_entropy = _compiled_cross_entropy if compiled else _cross_entropy
         with torch.autocast(hidden.device.type, enabled=False):
             h, w = hidden.to(dtype), weight.to(dtype)
             vocabulary = w.shape[0]
@@ -175,13 +171,12 @@ class _LinearCrossEntropy(torch.autograd.Function):  # type: ignore[misc]
             for start in range(0, len(labels), chunk):
                 span = slice(start, start + chunk)
                 logits, label = h[span] @ w.T, labels[span]
-                logits[:, vocabulary:] = -torch.inf
                 if grad_h is None and grad_w is None:
                     total += torch.nn.functional.cross_entropy(
-                        logits.float(), label, reduction="sum"
+                        logits[:, :vocabulary].float(), label, reduction="sum"
                     )
                     continue
-                part, grad = cross_entropy(logits, label[:, None], scale)
+                part, grad = cross_entropy(logits, label, vocabulary, scale)
                 total += part
                 if grad_h is not None:
                     grad_h[span] = (grad @ w).float() / scale
@@ -199,4 +194,4 @@ class _LinearCrossEntropy(torch.autograd.Function):  # type: ignore[misc]
             grad_h = (grad_h * grad_output).to(hidden_dtype)
         if grad_w is not None:
             grad_w = (grad_w * grad_output).to(weight_dtype)
-        return grad_h, grad_w, None, None, None
+        return grad_h, grad_w, None, None

@@ -129,11 +129,10 @@ class Padded:
 class Seq2SeqLoss:
     """The summed cross-entropy of a micro-batch under a T5, the head on labelled tokens only."""
 
-    def __init__(self, network: Any, *, compute_dtype: torch.dtype, compiled: bool = False) -> None:
+    def __init__(self, network: Any, *, compute_dtype: torch.dtype) -> None:
         config = network.config
         self.network = network
         self.compute_dtype = compute_dtype
-        self.compiled = compiled
         # A tied head sees embeddings of unit scale (Raffel et al., 2020).
         tied = getattr(config, "scale_decoder_outputs", config.tie_word_embeddings)
         self.scale = config.d_model**-0.5 if tied else 1.0
@@ -163,7 +162,6 @@ class Seq2SeqLoss:
             network.lm_head.weight,
             batch.labels,
             compute_dtype=self.compute_dtype,
-            compiled=self.compiled,
         )
 
 

@@ -4,13 +4,14 @@ PEFT computes `base(x) + B(A(x)) * scale` layer by layer: three products and a s
 q, k and v. Here the layers that read one input (q, k, v; gate, up) are one base product, and
 their adapters one thin product whose result the base product is added to, so that no sum makes
 a pass of its own. The parameters stay where PEFT has them: saving, loading and merging do not
-know of this.
+know of this. Adapter dropout takes the same values of the input for all layers that read it.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -19,7 +20,8 @@ from peft import PeftModel
 from transformers.activations import SiLUActivation
 
 from baton.train import quantize
-from baton.train.gated import gated_lora
+from baton.train.dropout import drop, new_seed
+from baton.train.gated import MOST_RANK, gated_mlp
 
 # Projections of one parent module that read the same input, in the order they are called.
 _SILU = (torch.nn.SiLU, SiLUActivation)
@@ -34,7 +36,8 @@ _SIBLINGS = (
 def stack_projections(model: PeftModel) -> int:
     """Compute the LoRA layers of `model` stacked, in place; returns how many.
 
-    Layers with adapter dropout, biases of LoRA or another variant of it keep PEFT's way.
+    With several adapters, the one at work when a layer is called. Layers with biases of LoRA or
+    another variant of it keep PEFT's way.
     """
     count = 0
     for parent in list(model.modules()):
@@ -74,45 +77,87 @@ def _take_gate(mlp: Any) -> None:
     stacks = [getattr(part, "stack", None) for part in parts]
     if None in stacks or stacks[0] is not stacks[1]:
         return
-    down: Any = parts[2]
-    if down.stack.bias is not None or not isinstance(getattr(mlp, "act_fn", None), _SILU):
+    both: Any = stacks[0]
+    down: Any = stacks[2]
+    if not isinstance(getattr(mlp, "act_fn", None), _SILU) or not _can_be_whole(both, down):
         return
-    probe = torch.randn(4, down.out_features, device=down.stack.weight[0].device)
+    probe = torch.randn(4, down.rows[0], device=down.weight[0].device).to(down.dtype)
+    was_training = mlp.training
+    mlp.eval()
     with torch.no_grad():
-        theirs = mlp(probe.to(down.stack.dtype)).float()
-        ours = _gated_forward(mlp, probe.to(down.stack.dtype)).float()
-    if torch.allclose(ours, theirs, rtol=2e-2, atol=2e-2 * float(theirs.abs().max())):
+        theirs = mlp(probe).float()
+        both.is_gated = True
+        ours = _whole(both, down, probe).float()
+    mlp.train(was_training)
+    both.is_gated = torch.allclose(ours, theirs, rtol=2e-2, atol=2e-2 * float(theirs.abs().max()))
+    if both.is_gated:
         kind: Any = type(mlp)
         mlp.__class__ = _class_with(kind, "Gated", _gated_forward)
+
+
+def _can_be_whole(both: _Stack, down: _Stack) -> bool:
+    """Can these halves and what follows, if they are a gated MLP, be computed as one?"""
+    members = [*both.members, *down.members]
+    names = list(both.members[0].lora_A)
+    return (
+        both.bias is None
+        and down.bias is None
+        and both.adapter_name is not None
+        and both.rows[0] == both.rows[1]
+        and all([*m.lora_A] == names for m in members)
+        and all(both.members[0].r[name] == both.members[1].r[name] for name in names)
+        and all(m.r[name] <= MOST_RANK for m in members for name in names)
+        and all(len({_dropout(m, name) for m in members}) == 1 for name in names)
+    )
 
 
 def _gated_forward(mlp: Any, x: torch.Tensor) -> torch.Tensor:
     """`down(silu(gate(x)) * up(x))` from the stacks of the halves and of `down`."""
     both, down = mlp.gate_proj.stack, mlp.down_proj.stack
-    hidden = both.compute(x)
-    a, b = down.adapter()
-    out, _ = gated_lora(hidden.view(-1, hidden.shape[-1]), down.weight, a, b)
+    if both.adapter_name is not None:
+        return _whole(both, down, x)
+    gate, up = both.compute(x)
+    [out] = down.compute(torch.nn.functional.silu(gate) * up)
+    return out
+
+
+def _whole(both: _Stack, down: _Stack, x: torch.Tensor) -> torch.Tensor:
+    p = both.dropout
+    seeds = new_seed(2, x.device) if p else None
+    flat = x.reshape(-1, x.shape[-1]).to(both.dtype)
+    out, *_ = gated_mlp(flat, both.weight, *both.adapter(), down.weight, *down.adapter(), seeds, p)
     return out.view(*x.shape[:-1], out.shape[-1])
 
 
 def _are_alike(members: Sequence[Any]) -> bool:
-    return all(_is_plain(member) for member in members) and (
-        len({(m.in_features, type(m.base_layer), m.base_layer.weight.dtype) for m in members}) == 1
-        and len({m.base_layer.bias is None for m in members}) == 1
+    """Can these layers, if they all are LoRA layers, be computed as one?"""
+    return all(_is_plain(member) for member in members) and all(
+        len(set(values)) == 1
+        for values in (
+            [m.in_features for m in members],
+            [type(m.base_layer) for m in members],
+            [m.base_layer.weight.dtype for m in members],
+            [m.base_layer.bias is None for m in members],
+            [tuple(m.lora_A) for m in members],
+            [tuple(_dropout(m, name) for name in m.lora_A) for m in members],
+        )
     )
 
 
 def _is_plain(layer: Any) -> bool:
-    """One ordinary LoRA adapter without dropout over a linear layer, 4-bit or not."""
-    if not hasattr(layer, "lora_A") or list(layer.lora_A) != ["default"] or layer.merged:
+    """Ordinary LoRA adapters over a linear layer, 4-bit or not."""
+    if not getattr(layer, "lora_A", None) or layer.merged:
         return False
     base = layer.base_layer
     is_linear = type(base) is torch.nn.Linear
     is_linear |= quantize.is_nf4(base) and quantize.rows_are_blocks(base)
     is_vanilla = not layer.lora_variant and not layer.fan_in_fan_out
-    has_dropout = not isinstance(layer.lora_dropout["default"], torch.nn.Identity)
-    has_bias = layer.lora_B["default"].bias is not None
-    return is_linear and is_vanilla and not has_dropout and not has_bias
+    has_bias = any(b.bias is not None for b in layer.lora_B.values())
+    return is_linear and is_vanilla and not has_bias
+
+
+def _dropout(layer: Any, name: str) -> float:
+    return float(getattr(layer.lora_dropout[name], "p", 0.0))
 
 
 class _Stack:
@@ -133,8 +178,10 @@ class _Stack:
             self.weight = [dense]
             self.dtype = dense.dtype
         self.input: torch.Tensor | None = None
-        self.outputs: tuple[torch.Tensor, ...] = ()
-        self.held: tuple[torch.Tensor, torch.Tensor] | None = None
+        self.outputs: list[torch.Tensor] = []
+        # Of gate and up, computed whole with what follows.
+        self.is_gated = False
+        self.held: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
         self.holds = False
         for number, member in enumerate(members):
             kind: Any = type(member)
@@ -142,41 +189,86 @@ class _Stack:
             object.__setattr__(member, "stack", self)
             member.number = number
 
+    @property
+    def adapter_name(self) -> str | None:
+        """The adapter at work; None for the base by itself."""
+        first = self.members[0]
+        return None if first.disable_adapters else str(first.active_adapters[0])
+
+    @property
+    def dropout(self) -> float:
+        """The share of its input that the adapter at work drops now."""
+        first, name = self.members[0], self.adapter_name
+        return _dropout(first, name) if first.training and name is not None else 0.0
+
     def output(self, number: int, x: torch.Tensor) -> torch.Tensor:
         """What member `number` makes of `x`."""
         if number == 0 or self.input is not x:
-            self.input, self.outputs = x, self.compute(x).split(self.rows, dim=-1)
+            self.input, self.outputs = x, self.compute(x)
         out = self.outputs[number]
         if number == len(self.members) - 1:
-            self.input, self.outputs = None, ()
+            self.input, self.outputs = None, []
         return out
 
     def adapter(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """The members' A below each other, and their B, scaled, as one block diagonal."""
+        """The adapter at work: the members' A below each other, and their B, scaled.
+
+        B is block-diagonal; of a gated MLP's halves it is one below the other.
+        """
+        name = str(self.adapter_name)
         if self.holds:
-            assert self.held is not None
-            return self.held
-        a = torch.cat([m.lora_A["default"].weight for m in self.members])
-        parts = [m.lora_B["default"].weight * m.scaling["default"] for m in self.members]
-        b = parts[0] if len(parts) == 1 else torch.block_diag(*parts)
+            return self.held[name]
+        return self._put_together(name)
+
+    def _put_together(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+        a = torch.cat([m.lora_A[name].weight for m in self.members])
+        parts = [m.lora_B[name].weight * m.scaling[name] for m in self.members]
+        if self.is_gated:
+            b = torch.cat(parts)
+        else:
+            b = parts[0] if len(parts) == 1 else torch.block_diag(*parts)
         return a.to(self.dtype), b.to(self.dtype)
 
     def hold(self) -> None:
-        """Compute the adapter once, into the same memory each time, and keep to it."""
-        self.holds = False
-        fresh = self.adapter()
-        if self.held is None:
-            self.held = fresh[0].clone(), fresh[1].clone()
-        for kept, value in zip(self.held, fresh, strict=True):
-            kept.copy_(value)
+        """Compute the adapters once, into the same memory each time, and keep to it."""
+        for name in self.members[0].lora_A:
+            fresh = self._put_together(name)
+            if name not in self.held:
+                self.held[name] = fresh[0].clone(), fresh[1].clone()
+            for kept, value in zip(self.held[name], fresh, strict=True):
+                kept.copy_(value)
         self.holds = True
 
-    def compute(self, x: torch.Tensor) -> torch.Tensor:
-        """What all members make of `x`, side by side in the last dimension."""
-        a, b = self.adapter()
+    def compute(self, x: torch.Tensor) -> list[torch.Tensor]:
+        """What each member makes of `x`."""
         flat = x.reshape(-1, x.shape[-1]).to(self.dtype)
-        out, _ = _stacked(flat, self.weight, self.bias, a, b)
-        return out.view(*x.shape[:-1], out.shape[-1])
+        if torch.compiler.is_compiling() or torch.is_grad_enabled():
+            outs = self._trained(flat)
+        else:
+            outs = [*self._at_once(flat).split(self.rows, dim=-1)]
+        return [out.reshape(*x.shape[:-1], out.shape[-1]) for out in outs]
+
+    def _trained(self, x: torch.Tensor) -> list[torch.Tensor]:
+        if self.adapter_name is None:
+            return [*self._base(x).split(self.rows, dim=-1)]
+        p = self.dropout
+        seed = new_seed(1, x.device) if p else None
+        made: list[torch.Tensor] = _stacked(
+            x, self.weight, self.bias, *self.adapter(), self.rows, seed, p
+        )
+        return made[:-1]
+
+    def _at_once(self, x: torch.Tensor) -> torch.Tensor:
+        """All outputs side by side, where nothing is to be learnt: fewer kernels a token."""
+        out = self._base(x)
+        if self.adapter_name is not None:
+            a, b = self.adapter()
+            out.addmm_(x @ a.T, b.T)
+        return out
+
+    def _base(self, x: torch.Tensor) -> torch.Tensor:
+        weight = quantize.dense(self.weight, sum(self.rows), x.shape[1], self.dtype)
+        return torch.nn.functional.linear(x, weight, self.bias)
 
 
 def _member_forward(member: Any, x: torch.Tensor) -> torch.Tensor:
@@ -197,8 +289,14 @@ def _stacked(
     bias: torch.Tensor | None,
     a: torch.Tensor,
     b: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """`x @ weight.T + bias + x @ a.T @ b.T`, and `x @ a.T` for the backward pass.
+    rows: Sequence[int],
+    seed: torch.Tensor | None,
+    p: float,
+) -> list[torch.Tensor]:
+    """`x @ weight.T + bias + drop(x) @ a.T @ b.T` by layer, and `drop(x) @ a.T` for the backward.
+
+    A tensor for each layer: as parts of one their gradients would be put together by the
+    compiler, in a kernel that takes several times as long as moving them does.
 
     Args:
         x: `(tokens, in)`.
@@ -206,12 +304,20 @@ def _stacked(
         bias: `(out,)`.
         a: `(rank, in)`.
         b: `(out, rank)`, scale included; block-diagonal over stacked layers.
+        rows: `out` of each layer.
+        seed: `(1,)` of the adapter's dropout; None without.
+        p: the share that is dropped.
     """
-    thin = x @ a.T
-    out = thin @ b.T if bias is None else torch.addmm(bias, thin, b.T)
-    # Added in the product's own epilogue: the thin result costs no pass of its own.
-    out.addmm_(x, quantize.dense(weight, b.shape[0], a.shape[1], x.dtype).T)
-    return out, thin
+    thin = (x if seed is None else drop(x, seed, p)) @ a.T
+    dense = quantize.dense(weight, b.shape[0], a.shape[1], x.dtype)
+    outs = []
+    for start, size in zip(itertools.accumulate(rows, initial=0), rows, strict=False):
+        span = slice(start, start + size)
+        part = b[span]
+        out = thin @ part.T if bias is None else torch.addmm(bias[span], thin, part.T)
+        # Added in the product's own epilogue: the thin result costs no pass of its own.
+        outs.append(out.addmm_(x, dense[span].T))
+    return [*outs, thin]
 
 
 @_stacked.register_fake
@@ -221,47 +327,57 @@ def _(
     bias: torch.Tensor | None,
     a: torch.Tensor,
     b: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    return x.new_empty(x.shape[0], b.shape[0]), x.new_empty(x.shape[0], a.shape[0])
+    rows: Sequence[int],
+    seed: torch.Tensor | None,
+    p: float,
+) -> list[torch.Tensor]:
+    return [x.new_empty(x.shape[0], width) for width in (*rows, a.shape[0])]
 
 
 @torch.library.custom_op("baton::stacked_lora_backward", mutates_args=())
 def _stacked_backward(
-    grad: torch.Tensor,
+    grads: Sequence[torch.Tensor],
     x: torch.Tensor,
     thin: torch.Tensor,
     weight: Sequence[torch.Tensor],
     a: torch.Tensor,
     b: torch.Tensor,
+    seed: torch.Tensor | None,
+    p: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of `x`, `a` and `b`."""
+    """Gradients of `x`, `a` and `b` from those of each layer's output."""
+    grad = grads[0].contiguous() if len(grads) == 1 else torch.cat(grads, 1)
     grad_thin = grad @ b
-    grad_x = grad_thin @ a
+    grad_x, read = grad_thin @ a, x
+    if seed is not None:
+        grad_x, read = drop(grad_x, seed, p), drop(x, seed, p)
     grad_x.addmm_(grad, quantize.dense(weight, b.shape[0], a.shape[1], x.dtype))
-    return grad_x, grad_thin.T @ x, grad.T @ thin
+    return grad_x, grad_thin.T @ read, grad.T @ thin
 
 
 @_stacked_backward.register_fake
 def _(
-    grad: torch.Tensor,
+    grads: Sequence[torch.Tensor],
     x: torch.Tensor,
     thin: torch.Tensor,
     weight: Sequence[torch.Tensor],
     a: torch.Tensor,
     b: torch.Tensor,
+    seed: torch.Tensor | None,
+    p: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return torch.empty_like(x), torch.empty_like(a), torch.empty_like(b)
 
 
-def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
-    x, weight, _, a, b = inputs
-    ctx.save_for_backward(x, output[1], a, b, *weight)
+def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: list[torch.Tensor]) -> None:
+    x, weight, _, a, b, ctx.rows, seed, ctx.p = inputs
+    ctx.save_for_backward(x, output[-1], a, b, seed, *weight)
 
 
-def _backward(ctx: Any, grad: torch.Tensor, _: torch.Tensor) -> tuple[Any, ...]:
-    x, thin, a, b, *weight = ctx.saved_tensors
-    grad_x, grad_a, grad_b = _stacked_backward(grad.contiguous(), x, thin, weight, a, b)
-    return grad_x, [None] * len(weight), None, grad_a, grad_b
+def _backward(ctx: Any, grads: list[torch.Tensor]) -> tuple[Any, ...]:
+    x, thin, a, b, seed, *weight = ctx.saved_tensors
+    grad_x, grad_a, grad_b = _stacked_backward(grads[:-1], x, thin, weight, a, b, seed, ctx.p)
+    return grad_x, [None] * len(weight), None, grad_a, grad_b, None, None, None
 
 
 _stacked.register_autograd(_backward, setup_context=_save_for_backward)

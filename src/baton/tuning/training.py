@@ -87,7 +87,6 @@ def build_loop(leg: Leg, *, stop_at: int | None = None) -> tuple[Loop, Learner]:
             loss=CausalLoss(
                 learner.network,
                 compute_dtype=Precision.choose(config.train.precision, ranks.device).dtype,
-                compiled=learner.compiled,
             ),
             train=TokenFile(leg.folder / DATA, "train"),
             dev=TokenFile(leg.folder / DATA, "dev"),

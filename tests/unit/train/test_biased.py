@@ -8,7 +8,7 @@ import torch
 from transformers import T5Config, T5ForConditionalGeneration
 from triton_device import DEVICE, needs_kernels
 
-from baton.train.biased import HashDropout, fuse
+from baton.train.biased import fuse
 
 SEED = 12345
 
@@ -79,23 +79,6 @@ def test_forward_and_every_gradient(sizes, causal, masked, rate):
         difference = (got.cpu().double() - wanted).norm() / wanted.norm()
         # float32 on a CPU; on a GPU products are tf32.
         assert difference < (1e-5 if DEVICE.type == "cpu" else 3e-3)
-
-
-def test_hash_dropout_takes_its_share_and_another_with_every_seed():
-    dropout, x = HashDropout(0.1), torch.rand(400, 500) + 1
-    torch.manual_seed(1)
-    one, other = dropout(x), dropout(x)
-    for y in (one, other):
-        kept = y > 0
-        assert abs(float(kept.float().mean()) - 0.9) < 4 * (0.09 / x.numel()) ** 0.5
-        torch.testing.assert_close(y[kept], x[kept] / 0.9)
-    flat = torch.stack([(one > 0).flatten().float(), (other > 0).flatten().float()])
-    assert abs(float(torch.corrcoef(flat)[0, 1])) < 0.01
-    neighbours = torch.stack([flat[0][:-1], flat[0][1:]])
-    assert abs(float(torch.corrcoef(neighbours)[0, 1])) < 0.01
-    torch.manual_seed(1)
-    assert torch.equal(dropout(x), one)
-    assert dropout.eval()(x) is x
 
 
 def test_a_fused_model_evaluates_as_before():

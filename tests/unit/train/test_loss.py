@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
+from triton_device import DEVICE, needs_kernels
 
 from baton.train import attention
 from baton.train.batch import collate
-from baton.train.loss import CausalLoss, linear_cross_entropy
+from baton.train.loss import CausalLoss, cross_entropy, linear_cross_entropy
 
 CPU = torch.device("cpu")
 DTYPES = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
@@ -191,3 +192,19 @@ def test_an_adapter_on_the_head_is_trained(tiny, drawn, tmp_path):
     heads = [p for n, p in learner.model.named_parameters() if "lm_head" in n and p.requires_grad]
     assert len(heads) == 2
     assert all(p.grad.abs().sum() > 0 for p in heads)
+
+
+@needs_kernels
+@pytest.mark.parametrize(("rows", "vocabulary", "columns"), [(5, 9000, 9000), (3, 4096, 4224)])
+def test_the_kernel_computes_what_torch_computes(rows, vocabulary, columns):
+    from baton.train import loss_kernels
+
+    torch.manual_seed(0)
+    logits = torch.randn(rows, columns) * 5
+    labels = torch.randint(vocabulary, (rows,))
+    expected, gradient = cross_entropy(logits.double(), labels, vocabulary, 4.0)
+    there = logits.to(DEVICE)
+    loss, got = loss_kernels.cross_entropy(there, labels.to(DEVICE), vocabulary, 4.0)
+    torch.testing.assert_close(loss.cpu().double(), expected, rtol=1e-6, atol=0)
+    torch.testing.assert_close(got.cpu().double(), gradient, rtol=1e-5, atol=1e-8)
+    assert (got[:, vocabulary:] == 0).all()

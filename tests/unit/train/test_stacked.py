@@ -7,8 +7,9 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from baton.train import gated
-from baton.train.stacked import stack_projections
+from baton.train import stacked
+from baton.train.dropout import drop
+from baton.train.stacked import adapters_held, stack_projections
 
 IDS = torch.arange(40).reshape(2, 20)
 
@@ -98,7 +99,7 @@ def test_a_layer_called_out_of_turn_still_answers_for_its_own_input():
         torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-14)
 
 
-@pytest.mark.parametrize("values", [{"lora_dropout": 0.1}, {"use_dora": True}, {"lora_bias": True}])
+@pytest.mark.parametrize("values", [{"use_dora": True}, {"lora_bias": True}])
 def test_other_variants_of_lora_stay_with_peft(values):
     assert stack_projections(with_lora(network(), **values)) == 0
 
@@ -117,12 +118,79 @@ def test_the_names_of_the_parameters_stay(tmp_path):
     assert q.untyped_storage().data_ptr() == k.untyped_storage().data_ptr()
 
 
-def test_the_gradient_of_the_gate_is_that_of_autograd():
-    torch.manual_seed(0)
-    both = torch.randn(5, 24, dtype=torch.float64, requires_grad=True)
-    grad = torch.randn(5, 12, dtype=torch.float64)
-    out = torch.nn.functional.silu(both[:, :12]) * both[:, 12:]
-    out.backward(grad)
-    got, product = gated.gate_backward(grad, both.detach())
-    torch.testing.assert_close(got, both.grad, rtol=1e-12, atol=1e-14)
-    torch.testing.assert_close(product, out.detach(), rtol=1e-12, atol=1e-14)
+SEED = torch.tensor([7])
+
+
+class Dropping(torch.nn.Module):
+    """What takes the place of PEFT's dropout, so that both ways drop the same values."""
+
+    p = 0.25
+
+    def forward(self, x):
+        return drop(x.flatten(0, -2), SEED, self.p).view(x.shape) if self.training else x
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "gemma"])
+def test_adapter_dropout_takes_its_share_of_the_input(kind, monkeypatch):
+    values = {"head_dim": 16} if kind == "gemma" else {}
+    monkeypatch.setattr(stacked, "new_seed", lambda count, device: SEED.repeat(count))
+    plain = with_lora(network(kind, **values), lora_dropout=0.25)
+    for module in plain.modules():
+        if hasattr(module, "lora_dropout"):
+            module.lora_dropout["default"] = Dropping()
+    expected = outcome(plain)
+    model = with_lora(network(kind, **values), lora_dropout=0.25)
+    assert stack_projections(model) == 14
+    assert_same(outcome(model), expected)
+    assert_same(outcome(model.eval()), outcome(with_lora(network(kind, **values)).eval()))
+
+
+def test_dropout_differs_from_call_to_call_and_follows_the_seed():
+    model = with_lora(network(), lora_dropout=0.25)
+    stack_projections(model)
+    torch.manual_seed(3)
+    first, second = outcome(model), outcome(model)
+    assert first[0] != second[0]
+    torch.manual_seed(3)
+    assert_same(outcome(model), first)
+
+
+def test_of_several_adapters_the_one_at_work_is_computed():
+    def two(model):
+        made = with_lora(model)
+        made.add_adapter("other", LoraConfig(r=8, lora_alpha=4, target_modules="all-linear"))
+        for name, parameter in made.named_parameters():
+            if "lora" in name:
+                parameter.data = parameter.data.double()
+                parameter.requires_grad_(True)
+            if "lora_B.other" in name:
+                torch.manual_seed(len(name))
+                torch.nn.init.normal_(parameter, std=0.1)
+        return made
+
+    model, plain = two(network()), two(network())
+    assert stack_projections(model) == 14
+    plain.load_state_dict(model.state_dict())
+    for name in ("other", "default"):
+        for each in (model, plain):
+            each.set_adapter(name)
+        assert_same(outcome(model), outcome(plain))
+        with adapters_held(model):
+            torch.testing.assert_close(
+                outcome_alone(model), outcome_alone(plain), rtol=1e-12, atol=0
+            )
+    with model.disable_adapter(), plain.disable_adapter():
+        torch.testing.assert_close(outcome_alone(model), outcome_alone(plain), rtol=1e-12, atol=0)
+
+
+def outcome_alone(model):
+    with torch.no_grad():
+        return model(input_ids=IDS, labels=IDS, use_cache=False).loss
+
+
+def test_ranks_that_differ_stay_apart():
+    pattern = {"rank_pattern": {"gate_proj": 8, "down_proj": 2}}
+    expected = outcome(with_lora(network(), **pattern))
+    model = with_lora(network(), **pattern)
+    assert stack_projections(model) == 14
+    assert_same(outcome(model), expected)

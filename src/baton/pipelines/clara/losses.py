@@ -64,9 +64,7 @@ class _StageLoss:
     def __init__(self, learner: ClaraLearner, *, compute_dtype: torch.dtype, average: str) -> None:
         self.learner = learner
         self.average = average
-        self._causal = CausalLoss(
-            learner.network, compute_dtype=compute_dtype, compiled=learner.compiled
-        )
+        self._causal = CausalLoss(learner.network, compute_dtype=compute_dtype)
 
     def _answers(self, batch: ClaraBatch, vectors: torch.Tensor) -> torch.Tensor:
         """Summed cross-entropy; `vectors` `(slots, width)` are used as they are."""

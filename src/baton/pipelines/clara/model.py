@@ -22,6 +22,7 @@ from baton.train.base import describe, fingerprint, load_model
 from baton.train.config import AdapterConfig, ModelConfig
 from baton.train.layers import compile_layers, recompute_within
 from baton.train.learner import Learner
+from baton.train.stacked import stack_projections
 from baton.train.state import save_tensors
 
 ENCODER, DECODER, REASONER = "encoder", "decoder", "query_reasoner"
@@ -186,13 +187,13 @@ def assemble(
     base = fingerprint(network)
     embedding = add_rows(network, vocabulary, seed=seed)
     trained = adapters.attach(network, adapter, base_name=base_name, seed=seed, names=ROLES[stage])
+    stack_projections(trained)
     roles = Roles(trained)
     learner = ClaraLearner(
         network=network,
         model=trained,
         weights=ClaraWeights(trained, embedding, network.get_output_embeddings(), ROLES[stage]),
         base_fingerprint=base,
-        compiled=compiled,
         vocabulary=vocabulary,
         embedding=embedding,
         roles=roles,

@@ -128,7 +128,7 @@ class Trainee:
 
     def loop(self, *, stop_at: int | None = None) -> Loop:
         learner = self.learner
-        causal = CausalLoss(learner.network, compute_dtype=self.dtype, compiled=learner.compiled)
+        causal = CausalLoss(learner.network, compute_dtype=self.dtype)
         folder = DISTILL if self.stage == DISTILL else DATA
         samples: dict[str, Any] = {"train": TokenFile(self.leg.folder / DATA, "train")}
         data = self.report["sha256"]["train.tokens"][:16]
