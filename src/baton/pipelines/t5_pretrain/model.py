@@ -84,7 +84,8 @@ class PairModel:
         if not packed and dtype == torch.bfloat16:
             network = network.to(dtype)
         network = network.to(device)
-        if packed and is_compiled(config.train, device):
+        compiled = packed and is_compiled(config.train, device)
+        if compiled:
             if can_fuse(device, dtype):
                 fuse(network)
             compile_blocks(network, dynamic=False if config.train.fixed_shapes else None)
@@ -94,4 +95,5 @@ class PairModel:
             model=network,
             weights=FullWeights(network),
             base_fingerprint=hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16],
+            compiled=compiled,
         )

@@ -16,7 +16,6 @@ from baton.pipelines.t5_pretrain.model import PairModel
 from baton.stage import Leg, Outcome
 from baton.train.cursor import Indices
 from baton.train.environment import environment_of, make_deterministic
-from baton.train.layers import is_compiled
 from baton.train.learner import Learner
 from baton.train.loop import Loop, ReadAhead
 from baton.train.precision import Precision
@@ -61,7 +60,7 @@ def build_loop(leg: Leg, *, stop_at: int | None = None) -> tuple[Loop, Learner]:
         loss=Seq2SeqLoss(
             network,
             compute_dtype=Precision.choose(config.train.precision, ranks.device).dtype,
-            compiled=is_compiled(config.train, ranks.device),
+            compiled=learner.compiled,
         ),
         batching=Padded(
             device=ranks.device,
