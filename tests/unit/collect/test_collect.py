@@ -378,6 +378,14 @@ def test_one_task_without_labels_is_drawn(tmp_path):
     assert set(lab.collect().not_drawn) == {PLOTS[0]}
 
 
+def test_one_size_of_several_is_drawn_without_a_warning(tmp_path):
+    lab = Lab(tmp_path, {"rows": ["1m", "5m", "10m"]})
+    lab.finish(lab.plan.tasks[2].name, **CURVES)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert len(lab.collect().missing) == 2
+
+
 def test_names_that_the_font_of_the_plots_lacks_are_numbered_and_explained(tmp_path):
     axes = {"方法": ["低秩", "_full", "$a$"], "rows": ["1k", "2k"]}
     lab = Lab(tmp_path, axes, experiment="医学", notice="随机")
