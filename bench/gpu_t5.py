@@ -1,27 +1,34 @@
 """t5_pretrain at full size on one GPU and on two, against Hugging Face's Seq2SeqTrainer.
 
-    python bench/gpu_t5.py [--steps 90] [--arms baton baton2 hf]
+    python bench/gpu_t5.py [--steps 90] [--arms baton baton2 hf] [--minutes 4]
 
 Random weights (187,692,288 parameters at vocabulary 29,298), random text, every prompt and every
 response 192 tokens, 192 samples a step, AdamW, bf16, dropout 0.1, clipping at 1. Each arm is a
 process of its own. `baton` and `baton2` are `baton submit` on one GPU and on two (one process
 each); `hf` is Seq2SeqTrainer in bf16 at batch 256 with the fused AdamW. Samples a second are the
 median after a third of the steps; `wall` is everything from start to end, compilation included.
-`--tiny` runs the same on a CPU in a minute, to see that nothing is broken.
+An arm that fails, or takes longer than `--minutes`, is ended with all its processes; its line says
+why, and the next one starts. `--tiny` runs the same on a CPU in a minute, to see that nothing is
+broken.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import ctypes
 import itertools
 import json
 import os
 import re
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -40,12 +47,25 @@ TINY_SHAPE = {
     "num_decoder_layers": 2,
 }
 ROWS_OF_AN_EPOCH = 10_000_000
+# From TERM to KILL: what a leg needs to save and to end.
+_GRACE_SECONDS = 30
+
+
+class ArmError(Exception):
+    """Why an arm has no figures."""
+
+
+@dataclass(frozen=True)
+class Figures:
+    samples_per_s: float
+    peak_gib: float
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=90)
     parser.add_argument("--arms", nargs="+", default=["baton", "baton2", "hf"])
+    parser.add_argument("--minutes", type=float, default=4.0, help="at most so long an arm")
     parser.add_argument("--scratch", type=Path, default=Path("runs/bench_gpu_t5"))
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--no-compile", action="store_true")
@@ -57,6 +77,8 @@ def main() -> None:
     if args.inside:
         print(json.dumps(train_hf(args, size)))
         return
+    # Or TERM would end this process alone.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("asked to stop"))
     import torch
 
     gpus = torch.cuda.device_count()
@@ -66,15 +88,92 @@ def main() -> None:
     make_data(args.scratch, size)
     print(f"{where}, torch {torch.__version__}, {size['length']} + {size['length']} tokens")
     print(f"{'arm':8} {'samples/s':>10} {'peak GiB':>9} {'10M rows':>9} {'wall':>7}", flush=True)
-    for arm in args.arms:
-        if arm == "baton2" and gpus < 2 and not args.tiny:
-            print(f"{arm:8} skipped: there is one GPU", flush=True)
-            continue
-        started = time.monotonic()
-        rate, peak = run_hf(args) if arm == "hf" else run_baton(args, size, arm)
-        wall = time.monotonic() - started
-        hours = ROWS_OF_AN_EPOCH / rate / 3600
-        print(f"{arm:8} {rate:10,.0f} {peak:9.1f} {hours:7.2f} h {wall:5.0f} s", flush=True)
+    failed = [arm for arm in args.arms if not run_arm(args, size, arm, gpus)]
+    if failed:
+        sys.exit(f"no figures for {', '.join(failed)}")
+
+
+def run_arm(args: argparse.Namespace, size: dict[str, int], arm: str, gpus: int) -> bool:
+    """Run one arm to its end and print its line; False if it has no figures."""
+    if arm == "baton2" and gpus < 2 and not args.tiny:
+        print(f"{arm:8} skipped: there is one GPU", flush=True)
+        return True
+    started = time.monotonic()
+    try:
+        found = run_hf(args) if arm == "hf" else run_baton(args, size, arm)
+    except ArmError as error:
+        print(f"{arm:8} failed after {time.monotonic() - started:.0f} s: {error}", flush=True)
+        return False
+    wall, hours = time.monotonic() - started, ROWS_OF_AN_EPOCH / found.samples_per_s / 3600
+    print(
+        f"{arm:8} {found.samples_per_s:10,.0f} {found.peak_gib:9.1f} {hours:7.2f} h {wall:5.0f} s",
+        flush=True,
+    )
+    return True
+
+
+def run_to_its_end(
+    command: Sequence[str], environment: Mapping[str, str], *, output: Path, minutes: float
+) -> None:
+    """Run a command, both its streams into a file; none of its processes outlives the call.
+
+    Raises:
+        ArmError: it failed, or took longer than `minutes`.
+    """
+    with open(output, "wb") as file:
+        process = subprocess.Popen(
+            command,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            preexec_fn=_die_with_parent,
+        )
+        try:
+            status = process.wait(60 * minutes)
+        except subprocess.TimeoutExpired:
+            raise ArmError(f"not done after {minutes:g} minutes\n{tail(output)}") from None
+        finally:
+            end(process)
+    if status:
+        raise ArmError(f"exit status {status}\n{tail(output)}")
+
+
+def _die_with_parent() -> None:
+    """TERM for a child of this script when the script is killed; `baton submit` passes it on."""
+    pr_set_pdeathsig = 1
+    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
+
+
+def end(process: subprocess.Popen[bytes]) -> None:
+    """TERM, then KILL for what is left of a process and of all that it started."""
+    # `baton submit` gives every leg a session of its own: no process group holds them all.
+    started = descendants(process.pid)
+    if process.poll() is None:
+        process.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(_GRACE_SECONDS)
+    for pid in [process.pid, *started] if process.poll() is None else started:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    process.wait()
+
+
+def descendants(pid: int) -> list[int]:
+    """All living processes below one."""
+    parents = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            # The name, in parentheses, may hold anything; state and parent follow.
+            parents[int(stat.parent.name)] = int(stat.read_text().rpartition(")")[2].split()[1])
+    found = [pid]
+    for parent in found:
+        found += [child for child, of in parents.items() if of == parent]
+    return found[1:]
+
+
+def tail(path: Path) -> str:
+    return path.read_text(encoding="utf-8", errors="replace")[-2000:]
 
 
 def make_data(scratch: Path, size: dict[str, int]) -> None:
@@ -92,7 +191,7 @@ def make_data(scratch: Path, size: dict[str, int]) -> None:
     subprocess.run([*command, "--vocab", str(size["vocab"])], check=True, stdout=subprocess.DEVNULL)
 
 
-def run_baton(args: argparse.Namespace, size: dict[str, int], arm: str) -> tuple[float, float]:
+def run_baton(args: argparse.Namespace, size: dict[str, int], arm: str) -> Figures:
     """Median samples a second and the peak of one GPU's memory, of a task on one GPU or two."""
     processes = 2 if arm == "baton2" else 1
     scratch, length = args.scratch.resolve(), size["length"]
@@ -126,28 +225,30 @@ def run_baton(args: argparse.Namespace, size: dict[str, int], arm: str) -> tuple
     environment = os.environ | {"BATON_HOME": str(home()), "BATON_STAGE": "train"}
     if args.tiny:
         environment |= {"BATON_DEVICE": "cpu", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    output = scratch / f"{arm}.txt"
+    try:
+        run_to_its_end(command, environment, output=output, minutes=args.minutes)
+    except ArmError as error:
+        logs = [tail(log) for log in (scratch / arm).glob("**/tasks/*/log.txt")]
+        raise ArmError("\n".join([str(error), *logs])) from error
     [task] = (scratch / arm).glob("**/tasks/*")
     log = (task / "log.txt").read_text(encoding="utf-8")
-    if done.returncode:
-        sys.exit(f"{arm} ended with {done.returncode}\n{done.stdout}{done.stderr}{log[-3000:]}")
     rates = [float(rate) for rate in re.findall(r"tokens_per_s=(\d+)", log)]
     summary = json.loads((task / "train" / "summary.json").read_bytes())
     assert summary["tokens"] == summary["samples"] * 2 * length, "a sample is shorter than it seems"
     peak = summary["peak_gpu_memory_bytes"] or 0
-    return statistics.median(rates[len(rates) // 3 :]) / (2 * length), peak / 2**30
+    rate = statistics.median(rates[len(rates) // 3 :]) / (2 * length)
+    return Figures(samples_per_s=rate, peak_gib=peak / 2**30)
 
 
-def run_hf(args: argparse.Namespace) -> tuple[float, float]:
+def run_hf(args: argparse.Namespace) -> Figures:
     command = [sys.executable, __file__, "--inside", "hf", "--steps", str(args.steps // 3)]
     command += ["--scratch", str(args.scratch), *(["--tiny"] if args.tiny else [])]
     # Seq2SeqTrainer would use every GPU it sees through DataParallel.
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": "" if args.tiny else "0"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    if done.returncode:
-        sys.exit(f"hf ended with {done.returncode}\n{done.stderr[-3000:]}")
-    found = json.loads(done.stdout.splitlines()[-1])
-    return found["samples_per_s"], found["peak_gib"]
+    output = args.scratch / "hf.txt"
+    run_to_its_end(command, environment, output=output, minutes=args.minutes)
+    return Figures(**json.loads(output.read_text(encoding="utf-8").splitlines()[-1]))
 
 
 def train_hf(args: argparse.Namespace, size: dict[str, int]) -> dict[str, Any]:

@@ -7,7 +7,7 @@
 # All state is below DIR, every port is on 127.0.0.1. Needs root (nodes start other users' jobs,
 # GPU device files are made with mknod) and the packages of slurm_install.sh. Settings:
 #   SLURM_BASE_PORT=17000        first of about 20 ports
-#   SLURM_NODES=3                virtual nodes n1, n2, … of 4 cores and 2 GPUs
+#   SLURM_NODES=3                virtual nodes n1, n2, … of 4 cores and 3 GPUs
 #   SLURM_REQUEUE_EXIT=75        RequeueExit; empty: a site that does not set it
 #   SLURM_USER_SIGNAL=yes        preempt_send_user_signal; no: preemption is TERM alone
 set -euo pipefail
@@ -62,10 +62,10 @@ munged --force --key-file="$dir/etc/munge.key" --socket="$dir/run/munge.sock" \
 
 # --- configuration --------------------------------------------------------------------------
 # slurmd takes only character devices for GPUs; these are /dev/null under other names.
-for gpu in 0 1; do
+for gpu in 0 1 2; do
   [ -c "$dir/dev/gpu$gpu" ] || mknod "$dir/dev/gpu$gpu" c 1 3
 done
-echo "Name=gpu Type=fake File=$dir/dev/gpu[0-1]" >"$dir/etc/gres.conf"
+echo "Name=gpu Type=fake File=$dir/dev/gpu[0-2]" >"$dir/etc/gres.conf"
 
 {
   # A credential's life delays the second start of a requeued job: 8 s here, 121 s by default.
@@ -123,7 +123,7 @@ CONF
   if [ "$user_signal" = yes ]; then echo "SlurmctldParameters=preempt_send_user_signal"; fi
   for i in $(seq "$nodes"); do
     echo "NodeName=n$i NodeHostname=$host NodeAddr=127.0.0.1 Port=$((base + 10 + i)) CPUs=4 Boards=1" \
-      "SocketsPerBoard=1 CoresPerSocket=4 ThreadsPerCore=1 RealMemory=8000 Gres=gpu:fake:2"
+      "SocketsPerBoard=1 CoresPerSocket=4 ThreadsPerCore=1 RealMemory=8000 Gres=gpu:fake:3"
   done
   # low is taken over by high; in lowgrace a job is warned before, in lowcancel it is not requeued.
   cat <<CONF

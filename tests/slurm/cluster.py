@@ -292,10 +292,11 @@ class Task:
 
     store: Path
     name: str
+    experiment: str = "smoke/medical_qa"
 
     @property
     def folder(self) -> Path:
-        found = list(self.store.glob(f"smoke/medical_qa/*/tasks/{self.name}"))
+        found = list(self.store.glob(f"{self.experiment}/*/tasks/{self.name}"))
         return found[0] if found else self.store / "nothing yet"
 
     @property

@@ -67,8 +67,10 @@ class Site:
     def store(self) -> Path:
         return self.home / "store"
 
-    def describe(self, more: str = "", *, partition: str = "main") -> None:
+    def describe(self, more: str = "", *, partition: str = "main", gpus: int = 1) -> None:
         text = SITE.replace("STORE", str(self.store)).replace("PARTITION", partition)
+        if gpus > 1:
+            text = text.replace("gpu:fake", f'"gpu:fake:{gpus}"')
         if "account:" in more:
             text = text.replace("account: test\n", "")
         (self.home / "launch" / "here.yaml").write_text(text + more, encoding="utf-8")
@@ -288,6 +290,39 @@ def test_processes_change_between_legs_and_batch_and_data_order_do_not(
         assert [line.get(key) for line in mine] == [line.get(key) for line in others], key
     losses = [line["loss"] for line in mine if "loss" in line]
     assert losses == pytest.approx([line["loss"] for line in others if "loss" in line], rel=0.05)
+
+
+def test_a_t5_trains_on_three_gpus_of_a_node_and_prepares_its_data_without_one(
+    site: Site,
+) -> None:
+    """As launch/slurm-3gpu.yaml has it."""
+    site.describe("stages: {data: {gpus_per_task: 0, cpus: 1}}\n", gpus=3)
+    name = "smoke/t5_pretrain"
+    settings = {"train.epochs": "20", "train.save_every_steps": "10", "dev_score.samples": "0"}
+    task = Task(site.store, "10m", name)
+    ended = site.submit(f"{name}/10m", settings)
+    data, train = site.jobs()
+    task.wait_for_step(40)
+    element = Job(site.slurm, f"{train}_0")
+    with site.slurm.held(element):
+        site.slurm("scancel", "--batch", "--signal=USR2", element.number)
+    site.wait()
+    row = site.status(f"{name}/10m", settings)["10m"]
+    assert row["state"] == "finished", site.logs()
+    jobs = [(leg["job"], leg["state"], leg["gpus"]) for leg in row["job_legs"]]
+    assert jobs == [
+        (f"{data}_0", "COMPLETED", 0),
+        (element.number, "REQUEUED", 3),
+        (element.number, "COMPLETED", 3),
+    ], ended.out
+    legs = [(leg["stage"], leg["state"], leg["processes"]) for leg in task.legs()]
+    assert legs == [
+        ("data", "finished", 1),
+        ("train", "handed_over", 3),
+        ("eval", "finished", 3),
+    ]
+    steps = [line["step"] for line in task.metrics() if "loss" in line]
+    assert steps == sorted(set(steps)), "a step was logged twice"
 
 
 def test_a_thousand_tasks_are_one_array_in_less_than_ten_seconds(site: Site) -> None:

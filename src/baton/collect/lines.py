@@ -164,6 +164,8 @@ def _place_ticks(
         if not kept or place - kept[-1][0] >= room:
             kept.append((place, label))
     back = math.exp if logarithmic else float
+    # The points of a single place would be a range of nothing, of which matplotlib warns.
+    axes.set_autoscalex_on(False)
     axes.set_xticks([back(place) for place, _ in kept], [text(label, 12) for _, label in kept])
     axes.set_xticks([], minor=True)
     axes.set_xlim(back(low - 0.1 * span), back(high + 0.1 * span))

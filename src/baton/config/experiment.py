@@ -68,7 +68,7 @@ class Experiment:
 
         An axis is a configuration key with a list of values (the label is the value as
         written), or with a mapping of labels to values, or a free name with a mapping of
-        labels to several `key: value` settings.
+        labels to several `key: value` settings. What `--set` says of one of those several wins.
         """
         axes = self._axes()
         for combination in itertools.product(*(options for _, options in axes)):
@@ -76,6 +76,8 @@ class Experiment:
             for (axis, _), option in zip(axes, combination, strict=True):
                 labels[axis.rpartition(".")[2]] = option.label
                 for key, value in option.settings.items():
+                    if key != axis and self._is_set(key):
+                        continue
                     self._apply(data, key, value, f"{option.place}.{option.label}")
                     lines[tuple(key.split("."))] = option.line
             name = "_".join(labels.values()) or self.name.rpartition("/")[2]
@@ -96,6 +98,16 @@ class Experiment:
             raise ConfigError(
                 f"{where}: {key!r} leads through something that is not a mapping"
             ) from None
+
+    def _is_set(self, key: str) -> bool:
+        """Does the value come from the command line?"""
+        path = tuple(key.split("."))
+        value: Any = self.document.data
+        for name in path:
+            if not isinstance(value, dict) or name not in value:
+                return False
+            value = value[name]
+        return self.document.line(path) == FROM_SET
 
     def _base(self) -> dict[str, Any]:
         return {k: v for k, v in self.document.data.items() if k not in OWN_KEYS}

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import os
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -16,8 +18,10 @@ from baton.data.rows import Row
 from baton.data.tokenise import TokenWriter
 from baton.errors import DataError
 
-# Enough rows to keep every core busy, few enough to stay under 100 MB whatever their length.
-_BATCH_ROWS = 2048
+# Some milliseconds of encoding. A row takes three times as long to encode as to read, which one
+# thread does: more threads would wait. All their rows stay under 100 MB, whatever their length.
+_BATCH_ROWS = 512
+_THREADS = 4
 
 
 @dataclass(frozen=True)
@@ -130,17 +134,21 @@ def write_pairs(
 
 
 def _encoded(encoder: PairEncoder, rows: Iterable[Row]) -> Iterator[EncodedPairs]:
-    """Batches of rows, encoded by another thread while the next batch is read."""
+    """Batches of rows in their order, encoded by other threads while the next ones are read.
+
+    Threads of our own, because launchers set TOKENIZERS_PARALLELISM to false: it would also take
+    the cores of training.
+    """
     pairs = ((row.values["prompt"], row.values["response"]) for row in rows)
-    waiting: Future[EncodedPairs] | None = None
-    with ThreadPoolExecutor(1) as encoding:
+    threads = min(_THREADS, len(os.sched_getaffinity(0)))
+    waiting: deque[Future[EncodedPairs]] = deque()
+    with ThreadPoolExecutor(threads) as encoding:
         while batch := list(itertools.islice(pairs, _BATCH_ROWS)):
-            following = encoding.submit(encoder.encode_pairs, batch)
-            if waiting is not None:
-                yield waiting.result()
-            waiting = following
-        if waiting is not None:
-            yield waiting.result()
+            waiting.append(encoding.submit(encoder.encode_pairs, batch))
+            if len(waiting) > threads:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
 
 
 @dataclass(frozen=True)

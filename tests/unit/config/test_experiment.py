@@ -201,6 +201,29 @@ def test_an_axis_wins_over_a_set_of_the_same_key(tmp_path: Path) -> None:
     assert point.document.data == {"data": {"rows": 1}}
 
 
+@pytest.mark.parametrize("setting", ["train.epochs=9", "train={epochs: 9, seed: 5}"])
+def test_a_set_wins_over_one_setting_of_a_label_that_stands_for_several(
+    tmp_path: Path, setting: str
+) -> None:
+    text = """
+pipeline: p
+matrix:
+  size:
+    small: {train.epochs: 1, data.rows: 10}
+    large: {train.epochs: 3, data.rows: 90}
+train: {epochs: 7, seed: 5}
+"""
+    found = points(tmp_path, text, setting)
+    assert [p.document.data["train"] for p in found] == [{"epochs": 9, "seed": 5}] * 2
+    assert [p.document.data["data"] for p in found] == [{"rows": 10}, {"rows": 90}]
+
+
+def test_a_set_beside_the_settings_of_a_label_leaves_them_alone(tmp_path: Path) -> None:
+    text = "pipeline: p\nmatrix:\n  size:\n    small: {train.epochs: 1, data.rows: 10}\n"
+    [point] = points(tmp_path, text, "train.seed=5")
+    assert point.document.data["train"] == {"epochs": 1, "seed": 5}
+
+
 def test_set_leaves_the_document_it_was_given_alone(tmp_path: Path) -> None:
     path = tmp_path / "e.yaml"
     path.write_text("pipeline: p\nmatrix: {a.b: [1]}\ntrain: {x: 1}\n")

@@ -85,6 +85,9 @@ def test_fields_can_be_overridden_and_what_follows_from_them_follows() -> None:
     assert config.train.tokens_per_micro_batch == 73_728
     assert config.model.num_layers == 4
     assert decode(T5Pretrain, encode(config)) == config
+    # What a template says, too.
+    templates = configs("train.epochs=1", "train.save_every_steps=7")
+    assert {(c.train.epochs, c.train.save_every_steps) for c in templates.values()} == {(1, 7)}
 
 
 @pytest.mark.parametrize(

@@ -117,12 +117,12 @@ def test_a_data_stage_handed_over_and_killed_ends_in_the_same_bytes(
 ) -> None:
     whole, cut = task(many), task(many)
     assert whole.prepare() is Outcome.FINISHED
-    monkeypatch.setattr(stage, "_KEEP_EVERY_SAMPLES", 2000)
+    monkeypatch.setattr(stage, "_KEEP_EVERY_SAMPLES", 500)
     cut.stop._handle(15, None)
     assert cut.prepare() is Outcome.HANDED_OVER
     cut.stop = StopSignal()
     kept = sorted((cut.root / "data" / "shards").iterdir())
-    assert [path.stem for path in kept] == ["000000002048"]
+    assert [path.stem for path in kept] == ["000000000512"]
 
     class Killed(BaseException):
         pass
@@ -134,7 +134,7 @@ def test_a_data_stage_handed_over_and_killed_ends_in_the_same_bytes(
         def is_set(self) -> bool:
             self.asked += 1
             # Asked for every row that is passed by, then after each batch.
-            if self.asked == 2048 + 2:
+            if self.asked == 512 + 2:
                 raise Killed
             return False
 
