@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import os
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -29,6 +31,8 @@ class TeacherConfig:
         attempts: how often a request is tried when the teacher is busy (429, its Retry-After
             obeyed), fails (5xx, a body that is no JSON) or is silent for `timeout_seconds`.
         parallel: requests under way at once.
+        requests_per_minute: no more than so many are sent, evenly spread; 0 is as fast as
+            `parallel` of them are answered.
         price_in, price_out: of a million tokens, to say what it cost.
     """
 
@@ -41,6 +45,7 @@ class TeacherConfig:
     attempts: int = 8
     timeout_seconds: float = 120.0
     parallel: int = 4
+    requests_per_minute: float = 0.0
     price_in: float | None = None
     price_out: float | None = None
 
@@ -49,6 +54,10 @@ class TeacherConfig:
             raise ValueError(f"url must begin with http:// or https://, got {self.url!r}")
         if self.attempts < 1 or self.parallel < 1:
             raise ValueError("attempts and parallel must be at least 1")
+        if not 0 <= self.requests_per_minute < math.inf:
+            raise ValueError(
+                f"requests_per_minute must be 0 or more, got {self.requests_per_minute}"
+            )
 
     def cost(self, prompt_tokens: int, completion_tokens: int) -> float | None:
         """In the currency of the prices; None where no price was given."""
@@ -78,6 +87,23 @@ class Usage:
         return config.cost(self.prompt_tokens, self.completion_tokens)
 
 
+class _Pace:
+    """Lets one pass at a time, and the next no earlier than `seconds` after it."""
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+        self._next = 0.0
+        self._lock = threading.Lock()
+
+    def wait(self) -> None:
+        with self._lock:
+            now = time.monotonic()
+            turn = max(now, self._next)
+            self._next = turn + self._seconds
+        if turn > now:
+            time.sleep(turn - now)
+
+
 class Teacher:
     """Answers requests, from the cache where it can. Safe to use from several threads.
 
@@ -100,6 +126,8 @@ class Teacher:
             timeout=config.timeout_seconds,
             max_retries=config.attempts - 1,
         )
+        rate = config.requests_per_minute
+        self._pace = _Pace(60.0 / rate if rate else 0.0)
         self._lock = threading.Lock()
         self._under_way: dict[str, Future[Reply]] = {}
 
@@ -160,6 +188,7 @@ class Teacher:
         problem = ""
         # What is busy, fails or is silent the client retries itself; a body that is not JSON, not.
         for _ in range(config.attempts):
+            self._pace.wait()
             try:
                 raw = self._client.chat.completions.with_raw_response.create(**request)
                 self.usage.add(retried=raw.retries_taken)

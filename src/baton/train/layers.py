@@ -39,15 +39,15 @@ def is_compiled(config: TrainConfig, device: torch.device) -> bool:
     return not why
 
 
-def compile_layers(network: PreTrainedModel) -> None:
-    """Compile every repeated layer at its first call.
+def compile_layers(network: PreTrainedModel, **options: Any) -> None:
+    """Compile every repeated layer at its first call, with `options` of `torch.compile`.
 
     Layers of one shape share the code, made for packs of any size; what torch caches on disk
     makes it quick in a later leg.
     """
     torch._dynamo.config.recompile_limit = _MOST_COMPILED
     for layer in layers_of(network):
-        layer.forward = _of_any_size(torch.compile(layer.forward))
+        layer.forward = _of_any_size(torch.compile(layer.forward, **options))
     # Or the first layer, whose input has no gradient, would need code of its own.
     _let_inputs_learn(network)
 

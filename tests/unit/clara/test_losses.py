@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from clara_lab import QUESTIONS, TEXTS, batching_of, source_of
+from torch._dynamo.utils import counters
 from torch.nn.functional import cosine_similarity, cross_entropy
 
 from baton.pipelines.clara.config import ClaraTrain, Stage1, Stage2, Stage3, Stage3Train
@@ -16,6 +17,7 @@ from baton.pipelines.clara.model import DECODER, ENCODER, REASONER
 from baton.pipelines.clara.prompt import Prompter
 from baton.pipelines.clara.topk import select
 from baton.train.batching import Whole
+from baton.train.layers import compile_layers
 
 ASKS = [
     (QUESTIONS[0], "1250", (0, 3)),
@@ -272,3 +274,23 @@ def test_recomputed_activations_give_the_same_gradients_with_dropout_on(learner,
         assert torch.equal(gradient, found[1][1][name]), name
     # Two layers, run for two roles, each once forward and once again backward.
     assert len(calls) == 2 * 2 * 2
+
+
+@pytest.mark.slow
+def test_compiled_layers_learn_the_same_in_every_role(learner):
+    found = []
+    for compiled in (False, True):
+        model = learner("stage3")
+        if compiled:
+            torch._dynamo.reset()
+            counters.clear()
+            compile_layers(model.network, backend="eager")
+        loss = RetrievalLoss(model, Stage3(top_k=2), compute_dtype=FP32)
+        source = source_of(model, CANDIDATES, queries=True)
+        found.append(by_micro_batches(model, loss, source, size=5, share=True))
+    # Of one layer: documents without gradients, queries and answers, each with its adapter.
+    assert counters["stats"]["unique_graphs"] >= 3
+    assert found[0][0] == found[1][0]
+    assert found[0][1].keys() == found[1][1].keys()
+    for name, gradient in found[0][1].items():
+        assert torch.equal(gradient, found[1][1][name]), name

@@ -221,6 +221,12 @@ def test_the_query_reasoner_can_start_from_the_encoder(learner, tmp_path: Path) 
         assert torch.equal(ours, theirs)
 
 
+@pytest.mark.parametrize("stage", ["stage1", "stage2"])
+def test_a_stage_without_any_loss_is_refused(stage) -> None:
+    with pytest.raises(ConfigError, match="qa_loss and mse_loss are both false"):
+        config(**{stage: {"qa_loss": False, "mse_loss": False}})
+
+
 def test_full_fine_tuning_is_refused() -> None:
     with pytest.raises(ConfigError, match="clara trains adapters"):
         config(adapter={"method": "full"})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -264,6 +265,30 @@ def test_activation_checkpointing_changes_no_bit(finished: Task, tmp_path: Path)
     ours, theirs = task.results(), finished.results()
     odd = [name for name in theirs if theirs[name] != ours[name]]
     assert odd == []
+
+
+@pytest.mark.parametrize("stage", ["stage1", "stage3"])
+def test_activation_checkpointing_is_really_on(tmp_path: Path, stage: str) -> None:
+    task = Task(tmp_path / "task")
+    task.run("data", *("stage1", "stage2")[: 0 if stage == "stage1" else 2])
+    runs = []
+    for asked in (False, True):
+        trained = Task(tmp_path / f"{asked}", **{
+            f"{stage}__train": {"max_steps": 1, "batch_samples": 8, "micro_batch": 8,
+                                "activation_checkpointing": asked}
+        })  # fmt: skip
+        shutil.copytree(task.root, trained.root, dirs_exist_ok=True)
+        loop, learner = build_loop(trained.leg(), stage)
+        calls: list[bool] = []
+        for layer in learner.network.base_model.layers:
+            # Before it: once the last tensor is there, running again ends.
+            layer.mlp.register_forward_pre_hook(
+                lambda *_, to=calls: to.append(True) if torch.is_grad_enabled() else None
+            )
+        assert loop.run() is Outcome.FINISHED
+        runs.append(len(calls))
+    # Two layers, in two roles; asked for, each runs once more in the backward pass.
+    assert runs == [4, 8]
 
 
 def test_bfloat16_trains_through_all_stages_to_nearly_the_same_losses(

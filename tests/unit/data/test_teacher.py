@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -160,6 +161,15 @@ def test_a_damaged_reply_is_named(ask, tmp_path: Path) -> None:
     assert str(caught.value).startswith(f"{path}: not a reply of ours")
 
 
+def test_no_more_requests_are_sent_than_a_minute_may_have(ask) -> None:
+    teacher, _ = ask(options={"requests_per_minute": 600.0, "parallel": 4})
+    started = time.monotonic()
+    texts = [reply.text for reply in in_order(teacher.ask, ["a", "b", "c", "d", "a"], parallel=4)]
+    # Four are sent, a tenth of a second apart; the fifth is known by then, or under way.
+    assert time.monotonic() - started >= 0.3
+    assert texts == [echo(prompt) for prompt in "abcda"]
+
+
 def test_tokens_become_money(ask) -> None:
     asker, _ = ask(options={"price_in": 2.0, "price_out": 10.0})
     asker.ask("x" * 400)
@@ -168,7 +178,10 @@ def test_tokens_become_money(ask) -> None:
     assert usage.cost(asker.config) == pytest.approx((100 * 2 + 102 * 10) / 1e6)
 
 
-@pytest.mark.parametrize("changes", [{"url": "localhost:8000"}, {"attempts": 0}, {"parallel": 0}])
+@pytest.mark.parametrize(
+    "changes",
+    [{"url": "localhost:8000"}, {"attempts": 0}, {"parallel": 0}, {"requests_per_minute": -1.0}],
+)
 def test_a_teacher_that_cannot_be_asked_is_refused(changes) -> None:
     with pytest.raises(ValueError):
         TeacherConfig(**({"url": "http://x/v1", "model": "m"} | changes))

@@ -35,6 +35,12 @@ def teacher_options(*, required: bool) -> Callable[[F], F]:
                     help="The environment variable that holds the key.",
                 ),
                 click.option("--parallel", type=click.IntRange(1), default=4, show_default=True),
+                click.option(
+                    "--requests-per-minute",
+                    type=float,
+                    default=0.0,
+                    help="No more than so many; default: as fast as they are answered.",
+                ),
                 click.option("--temperature", type=float, default=0.0, show_default=True),
                 click.option(
                     "--max-tokens", type=click.IntRange(1), default=2048, show_default=True
@@ -63,6 +69,7 @@ def open_teacher(
     teacher_model: str,
     key_variable: str,
     parallel: int,
+    requests_per_minute: float,
     temperature: float,
     max_tokens: int,
     timeout: float,
@@ -84,6 +91,7 @@ def open_teacher(
             attempts=attempts,
             timeout_seconds=timeout,
             parallel=parallel,
+            requests_per_minute=requests_per_minute,
             price_in=price_in,
             price_out=price_out,
         )

@@ -110,6 +110,9 @@ class Stage1:
     mse_loss: bool = True
     mse_weight: Annotated[float, between(0, 1e6)] = 0.1
 
+    def __post_init__(self) -> None:
+        _require_a_loss(self.qa_loss, self.mse_loss)
+
     @property
     def documents(self) -> int:
         """In a prompt."""
@@ -127,6 +130,9 @@ class Stage2:
     qa_loss: bool = True
     mse_loss: bool = True
     mse_weight: Annotated[float, between(0, 1e6)] = 0.1
+
+    def __post_init__(self) -> None:
+        _require_a_loss(self.qa_loss, self.mse_loss)
 
     @property
     def documents(self) -> int:
@@ -148,6 +154,11 @@ class Stage3:
     def documents(self) -> int:
         """In a prompt."""
         return self.top_k
+
+
+def _require_a_loss(qa_loss: bool, mse_loss: bool) -> None:
+    if not (qa_loss or mse_loss):
+        raise ValueError("qa_loss and mse_loss are both false, so there is nothing to learn")
 
 
 StageConfig = Stage1 | Stage2 | Stage3
