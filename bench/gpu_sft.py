@@ -2,11 +2,14 @@
 
     python bench/gpu_sft.py [lora_planned lora qlora lora_memory qlora_memory raft
                              raft_memory_1 raft_memory_2 raft_memory_4
+                             full full_sharded lora_sharded
                              reference trl trainer] [--steps 16] [--gpus 2]
 
 Random weights of the published shape; samples of random tokens with lognormal lengths (median
 230, sigma 0.6, 32 to 1,024), of which a quarter is prompt, or of 4,096 tokens for `raft`
 (4 samples a step; `raft_memory_2` takes them 2 at a time, with activations made anew).
+`full` trains all weights; `full_sharded` and `lora_sharded` share them out over the processes of
+`--gpus` (with one process they are whole). The peak of memory is that of one process.
 Prints, for each arm, real tokens a second after the first steps, the peak of memory, the wall
 time with loading and compiling, and loss and gradient norm of the first step, which every arm
 shares with `reference`: PEFT and transformers in float32. `trl` and `trainer` need those packages
@@ -27,7 +30,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -95,6 +98,7 @@ class Arm:
     recompute: bool | None = False
     rank: int = 16
     length: int | None = None
+    sharding: Literal["none", "full"] = "none"
 
 
 ARMS = {
@@ -103,6 +107,9 @@ ARMS = {
     "qlora": Arm(shape=QWEN25_3B, method="qlora", batch=96, budget=14336),
     "lora_memory": Arm(shape=QWEN25_3B, method="lora", batch=96, budget=10240, recompute=True),
     "qlora_memory": Arm(shape=QWEN25_3B, method="qlora", batch=96, budget=10240, recompute=True),
+    "full": Arm(shape=QWEN25_3B, method="full", batch=96, budget=8192),
+    "full_sharded": Arm(shape=QWEN25_3B, method="full", batch=96, budget=8192, sharding="full"),
+    "lora_sharded": Arm(shape=QWEN25_3B, method="lora", batch=96, budget=14336, sharding="full"),
     "raft": Arm(shape=QWEN25_7B, method="lora", batch=4, budget=16384, rank=64, length=4096),
     **{
         f"raft_memory_{batch}": Arm(
@@ -140,6 +147,7 @@ def build(arm: Arm, steps: int, on_progress: Callable[[Mapping[str, Any]], None]
     from baton.train.loop import Loop
     from baton.train.loss import CausalLoss
     from baton.train.ranks import Ranks
+    from baton.train.sharding import ranks_to_shard_over
 
     root = Path(tempfile.mkdtemp())
     task, started = TaskPlan(name="bench", config={}), "2026-01-01T00:00:00Z"
@@ -171,6 +179,7 @@ def build(arm: Arm, steps: int, on_progress: Callable[[Mapping[str, Any]], None]
         batch_samples=arm.batch,
         tokens_per_micro_batch=arm.budget,
         activation_checkpointing=arm.recompute,
+        sharding=arm.sharding,
         log_every_steps=1,
         save_every_steps=10_000,
         save_every_minutes=None,
@@ -186,6 +195,7 @@ def build(arm: Arm, steps: int, on_progress: Callable[[Mapping[str, Any]], None]
         packed=True,
         seed=0,
         compiled=is_compiled(config, ranks.device),
+        over=ranks_to_shard_over(config, ranks),
     )
     return Loop(
         leg=leg,
@@ -198,6 +208,7 @@ def build(arm: Arm, steps: int, on_progress: Callable[[Mapping[str, Any]], None]
             compute_dtype=torch.bfloat16,
             compiled=is_compiled(config, ranks.device),
         ),
+        sharded=learner.sharded,
         train=samples(arm, steps),
         dev=Samples(np.empty(0), 1000),
         environment=environment_of(ranks),
