@@ -6,7 +6,7 @@ import signal
 from pathlib import Path
 
 import pytest
-from lab import Lab, Task, assert_identical, damage, wait_for, wait_until
+from lab import EXPERIMENT, TINY, Lab, Task, assert_identical, damage, wait_for, wait_until
 from safetensors.torch import load_file
 from zygote import Leg
 
@@ -98,3 +98,29 @@ def test_a_damaged_share_is_set_aside_and_the_older_checkpoint_used(
         assert f"using step-{newest - 2:06d} instead" in text
         assert Path(share).name in text
         assert_identical(task, whole)
+
+
+def test_a_stretch_trained_again_by_two_processes_has_the_same_bytes(
+    lab: Lab, whole: Task, tmp_path: Path
+) -> None:
+    settings = {**TINY, **SETTINGS}
+    words = [word for k, v in settings.items() for word in ("--set", f"{k}={v}")]
+    command = ["verify-resume", f"{EXPERIMENT}/{whole.name}", "--store", whole.store, *words]
+    pair = [
+        lab.zygote.start(
+            command,
+            log=tmp_path / f"{rank}.txt",
+            env={
+                "RANK": str(rank),
+                "LOCAL_RANK": str(rank),
+                "WORLD_SIZE": "2",
+                "BATON_RENDEZVOUS": f"file://{tmp_path}/meeting",
+            },
+        )
+        for rank in range(2)
+    ]
+    assert [leg.wait() for leg in pair] == [0, 0], pair[0].text + pair[1].text
+    assert "train, steps 8 to 10: bit-identical" in pair[0].text
+    alone = lab.zygote.start(command, log=tmp_path / "alone.txt")
+    assert alone.wait() == 78
+    assert "use: baton verify-resume --processes 2" in alone.text

@@ -7,6 +7,7 @@ which could run code, or safetensors with another header at every save; these ar
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
@@ -100,6 +101,12 @@ def load_tensors(folder: Path, file: str) -> dict[str, torch.Tensor]:
     if (folder / file).exists() or not (folder / FOLDER).is_dir():
         return load_file(folder / file)
     return read_whole(folder, f"{file}:")
+
+
+def sharded_bytes(folder: Path, file: str) -> int:
+    """What the tensors of a checkpoint's file take in its shards; 0 where it was not sharded."""
+    mine = (chunk for chunk in chunks(folder) if chunk.name.startswith(f"{file}:"))
+    return sum(math.prod(chunk.shape) * chunk.dtype.itemsize for chunk in mine)
 
 
 def place_tensors(folder: Path, file: str, target: Path) -> None:

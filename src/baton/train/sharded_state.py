@@ -12,6 +12,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 from baton.errors import ConfigError, DamagedError, StoreError
+from baton.store.base import explained
 from baton.train.ranks import Ranks
 from baton.train.shard_files import ShardReader, ShardWriter, sizes
 from baton.train.state import OPTIMIZER, SpreadWeights
@@ -108,6 +109,8 @@ class ShardedState:
         except dcp.api.CheckpointException as error:
             # Of several processes the first says why; it is no Exception, so nobody else would.
             _, (reason, _) = min(error.failures.items())
+            if isinstance(reason, OSError):
+                raise explained(reason, "writing a share of the checkpoint") from reason
             raise StoreError(f"a share of the checkpoint: {reason}") from reason
 
 

@@ -13,10 +13,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from baton.errors import DamagedError, StoreError
 from baton.train.adapters import FOLDER, WEIGHTS
 from baton.train.metrics import read_lines
+from baton.train.ranks import Ranks
 from baton.train.shard_files import load_tensors
-from baton.train.state import MODEL, OPTIMIZER
+from baton.train.sharded_state import ShardedState
+from baton.train.state import MODEL, OPTIMIZER, FullWeights
 
 # Every process of a world is a fork of this one, in which everything is imported already.
 WORKER = textwrap.dedent(
@@ -196,3 +199,49 @@ def test_shards_hold_the_files_of_other_checkpoints(root):
             k: (v.shape, v.dtype) for k, v in theirs.items()
         }
         assert (whole / file).exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", RESUMED)
+def test_whole_models_load_what_was_sharded(root, tiny, method):
+    learner = tiny(*METHODS[method]).learner()
+    learner.weights.load(checkpoint(root, f"{method}-sharded"))
+    saved = weights(root, f"{method}-sharded")
+    ours = learner.weights.tensors()
+    assert ours.keys() == saved.keys()
+    assert all(torch.equal(ours[name], tensor) for name, tensor in saved.items())
+
+
+def state_of(module):
+    """What of a module would be saved, with an optimizer that has done nothing."""
+    return ShardedState(
+        ranks=Ranks(0, 1, torch.device("cpu")),
+        weights=FullWeights(module),
+        optimizer=torch.optim.AdamW([torch.zeros(1)]),
+        names={},
+    )
+
+
+def test_a_share_is_written_the_same_way_every_time(tmp_path):
+    tensors = {f"file:{name}": torch.arange(6.0).view(2, 3) for name in "cab"}
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        state_of(torch.nn.ParameterDict(tensors)).save(tmp_path / name)
+    [one, two] = sorted(tmp_path.rglob("*.safetensors"))
+    assert one.read_bytes() == two.read_bytes()
+    whole = load_tensors(tmp_path / "one", MODEL)
+    assert {name: t.tolist() for name, t in whole.items()} == {
+        name: t.tolist() for name, t in tensors.items()
+    }
+
+
+def test_a_share_that_cannot_be_written_is_an_error_of_the_store(tmp_path):
+    (tmp_path / "shards").write_text("in the way")
+    with pytest.raises(StoreError, match="writing a share of the checkpoint"):
+        state_of(torch.nn.Linear(2, 2)).save(tmp_path)
+
+
+def test_weights_of_another_model_are_refused(tmp_path):
+    state_of(torch.nn.Linear(2, 2)).save(tmp_path)
+    with pytest.raises(DamagedError, match="bias"):
+        state_of(torch.nn.Linear(2, 2, bias=False)).load(tmp_path)
