@@ -23,6 +23,7 @@ import argparse
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -138,7 +139,7 @@ def build(arm: Arm, steps: int, on_progress: Callable[[Mapping[str, Any]], None]
 
     from baton.handover import StopSignal
     from baton.record import LegRecord, Plan, Runner, TaskPlan
-    from baton.stage import Alone, Leg
+    from baton.stage import Leg
     from baton.store.local import LocalStore
     from baton.train.config import AdapterConfig, PathModel, TrainConfig
     from baton.train.environment import environment_of
@@ -149,7 +150,8 @@ def build(arm: Arm, steps: int, on_progress: Callable[[Mapping[str, Any]], None]
     from baton.train.ranks import Ranks
     from baton.train.sharding import ranks_to_shard_over
 
-    root = Path(tempfile.mkdtemp())
+    ranks = Ranks.join()
+    root = Path(ranks.broadcast(tempfile.mkdtemp()))
     task, started = TaskPlan(name="bench", config={}), "2026-01-01T00:00:00Z"
     runner = Runner(host="h", pid=1, started_ticks=1, boot="b", pid_namespace="n")
     leg = Leg(
@@ -168,12 +170,11 @@ def build(arm: Arm, steps: int, on_progress: Callable[[Mapping[str, Any]], None]
         ),
         store=LocalStore(root),
         stop=StopSignal(),
-        peers=Alone(),
+        peers=ranks,
         check_fence=lambda: None,
         now=lambda: started,
         on_progress=on_progress,
     )
-    ranks = Ranks.join()
     config = TrainConfig(
         max_steps=steps,
         batch_samples=arm.batch,
@@ -230,8 +231,12 @@ def train(arm: Arm, steps: int) -> dict[str, float]:
 
     loop = build(arm, steps, mark)
     loop.run()
+    if not loop.leg.is_first:
+        return {}
     log = loop.leg.folder / "train/metrics.jsonl"
     first = json.loads(log.read_text().splitlines()[0])
+    # The checkpoint of an arm that trains all weights is as large as a disk is free.
+    shutil.rmtree(loop.leg.folder)
     seconds = marks[steps] - marks[WARM_STEPS]
     return {
         "tokens_per_s": (tokens[steps] - tokens[WARM_STEPS]) / seconds,
