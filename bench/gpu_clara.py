@@ -201,7 +201,7 @@ class Bench:
             stage=stage,
             base_name="random",
             seed=0,
-            compiled=compiled and is_compiled(TrainConfig(), self.device),
+            compiled=compiled,
         )
 
     # --- encoding -----------------------------------------------------------------------
@@ -308,24 +308,24 @@ class Bench:
         print(f"{'layers':>12} {'recompute':>9} {'micro-batch':>11} {'s':>8} {'real tokens/s':>14}"
               f" {'samples/s':>10} {'peak GiB':>9}", flush=True)  # fmt: skip
         self.texts = self._documents(kind.samples * kind.candidates)
+        may_compile = may_compile and is_compiled(TrainConfig(), self.device)
         for compiled in (False, True) if may_compile else (False,):
             self.tidy()
             learner = self.learner(kind.stage, compiled=compiled)
-            if compiled and not learner.compiled:
-                continue
             learner.model.train()
+            layers_are = "compiled" if compiled else "as they are"
             layers = len(layers_of(learner.network))
             # What compiling brings is seen at one size.
             sizes = kind.micro_batches if compiled or not may_compile else kind.micro_batches[1:2]
             for micro in sizes:
                 recompute_layers(learner.network, 0)
-                self._step_line(learner, kind, micro, recompute=False)
+                self._step_line(learner, kind, micro, f"{layers_are:>12} {False!s:>9}")
             if sizes == kind.micro_batches:
                 recompute_layers(learner.network, layers)
-                self._step_line(learner, kind, sizes[-1], recompute=True)
+                self._step_line(learner, kind, sizes[-1], f"{layers_are:>12} {True!s:>9}")
             del learner
 
-    def _step_line(self, learner: ClaraLearner, kind: Step, micro: int, *, recompute: bool) -> None:
+    def _step_line(self, learner: ClaraLearner, kind: Step, micro: int, layers: str) -> None:
         batches = [
             self._batch(kind, range(first, min(first + micro, kind.samples)))
             for first in range(0, kind.samples, micro)
@@ -354,7 +354,7 @@ class Bench:
             optimizer.zero_grad(set_to_none=True)
             return total
 
-        how = f"{'compiled' if learner.compiled else 'as they are':>12} {recompute!s:>9} {micro:11}"
+        how = f"{layers} {micro:11}"
         try:
             seconds, peak, _ = self._timed(step)
         except torch.OutOfMemoryError:

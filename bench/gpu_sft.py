@@ -3,11 +3,14 @@
     python bench/gpu_sft.py [lora_planned qlora_planned lora qlora lora_memory qlora_memory raft
                              raft_memory_1 raft_memory_2 raft_memory_4 raft_dropout
                              raft_memory_4_dropout
+                             full full_sharded lora_sharded
                              reference trl trainer] [--steps 16] [--gpus 2]
 
 Random weights of the published shape; samples of random tokens with lognormal lengths (median
 230, sigma 0.6, 32 to 1,024), of which a quarter is prompt, or of 4,096 tokens for `raft`
 (4 samples a step; `raft_memory_2` takes them 2 at a time, with activations made anew).
+`full` trains all weights; `full_sharded` and `lora_sharded` share them out over the processes of
+`--gpus` (with one process they are whole). The peak of memory is that of one process.
 Prints, for each arm, real tokens a second after the first steps, the peak of memory, the wall
 time with loading and compiling, and loss and gradient norm of the first step, which every arm
 shares with `reference`: PEFT and transformers in float32. `trl` and `trainer` need those packages
@@ -21,6 +24,7 @@ import argparse
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -28,7 +32,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -97,6 +101,7 @@ class Arm:
     rank: int = 16
     length: int | None = None
     dropout: float = 0.0
+    sharding: Literal["none", "full"] = "none"
 
 
 RAFT = Arm(shape=QWEN25_7B, method="lora", batch=4, budget=16384, rank=64, length=4096)
@@ -110,6 +115,9 @@ ARMS = {
     "raft": RAFT,
     "raft_dropout": replace(RAFT, dropout=0.05),
     "raft_memory_4_dropout": replace(RAFT, recompute=True, dropout=0.05),
+    "full": Arm(shape=QWEN25_3B, method="full", batch=96, budget=8192),
+    "full_sharded": Arm(shape=QWEN25_3B, method="full", batch=96, budget=8192, sharding="full"),
+    "lora_sharded": Arm(shape=QWEN25_3B, method="lora", batch=96, budget=14336, sharding="full"),
     **{
         f"raft_memory_{batch}": replace(RAFT, budget=4096 * batch, recompute=True)
         for batch in (1, 2, 4)
@@ -129,7 +137,7 @@ def build(arm: Arm, steps: int, on_progress: Callable[[Mapping[str, Any]], None]
 
     from baton.handover import StopSignal
     from baton.record import LegRecord, Plan, Runner, TaskPlan
-    from baton.stage import Alone, Leg
+    from baton.stage import Leg
     from baton.store.local import LocalStore
     from baton.train.config import AdapterConfig, PathModel, TrainConfig
     from baton.train.environment import environment_of
@@ -138,8 +146,10 @@ def build(arm: Arm, steps: int, on_progress: Callable[[Mapping[str, Any]], None]
     from baton.train.loop import Loop
     from baton.train.loss import CausalLoss
     from baton.train.ranks import Ranks
+    from baton.train.sharding import ranks_to_shard_over
 
-    root = Path(tempfile.mkdtemp())
+    ranks = Ranks.join()
+    root = Path(ranks.broadcast(tempfile.mkdtemp()))
     task, started = TaskPlan(name="bench", config={}), "2026-01-01T00:00:00Z"
     runner = Runner(host="h", pid=1, started_ticks=1, boot="b", pid_namespace="n")
     leg = Leg(
@@ -158,17 +168,17 @@ def build(arm: Arm, steps: int, on_progress: Callable[[Mapping[str, Any]], None]
         ),
         store=LocalStore(root),
         stop=StopSignal(),
-        peers=Alone(),
+        peers=ranks,
         check_fence=lambda: None,
         now=lambda: started,
         on_progress=on_progress,
     )
-    ranks = Ranks.join()
     config = TrainConfig(
         max_steps=steps,
         batch_samples=arm.batch,
         tokens_per_micro_batch=arm.budget,
         activation_checkpointing=arm.recompute,
+        sharding=arm.sharding,
         log_every_steps=1,
         save_every_steps=10_000,
         save_every_minutes=None,
@@ -190,6 +200,7 @@ def build(arm: Arm, steps: int, on_progress: Callable[[Mapping[str, Any]], None]
         packed=True,
         seed=0,
         compiled=is_compiled(config, ranks.device),
+        over=ranks_to_shard_over(config, ranks),
     )
     return Loop(
         leg=leg,
@@ -198,6 +209,7 @@ def build(arm: Arm, steps: int, on_progress: Callable[[Mapping[str, Any]], None]
         model=learner.model,
         weights=learner.weights,
         loss=CausalLoss(learner.network, compute_dtype=torch.bfloat16),
+        sharded=learner.sharded,
         train=samples(arm, steps),
         dev=Samples(np.empty(0), 1000),
         environment=environment_of(ranks),
@@ -219,8 +231,12 @@ def train(arm: Arm, steps: int) -> dict[str, float]:
 
     loop = build(arm, steps, mark)
     loop.run()
+    if not loop.leg.is_first:
+        return {}
     log = loop.leg.folder / "train/metrics.jsonl"
     first = json.loads(log.read_text().splitlines()[0])
+    # The checkpoint of an arm that trains all weights is as large as a disk is free.
+    shutil.rmtree(loop.leg.folder)
     seconds = marks[steps] - marks[WARM_STEPS]
     return {
         "tokens_per_s": (tokens[steps] - tokens[WARM_STEPS]) / seconds,

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import shutil
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -14,7 +17,7 @@ from baton.legs import this_runner, utc_now
 from baton.pipelines import PIPELINES, Pipeline
 from baton.record import LegRecord, Manifest, Plan, TaskPlan
 from baton.runner import task_store
-from baton.stage import Alone, Leg
+from baton.stage import Leg, Peers
 from baton.store.checkpoint import Checkpoints
 from baton.store.local import LocalStore
 
@@ -30,13 +33,29 @@ class Verdict:
 def verify(plan: Plan, task: TaskPlan, root: Path, stop: StopSignal) -> Verdict:
     """Resume from the last checkpoint but one, train to the last, compare every file.
 
-    The task's own folder is only read.
+    The task's own folder is only read. Every process that the environment names must call this.
 
     Raises:
-        ConfigError: there are not two checkpoints yet.
+        ConfigError: there are not two checkpoints yet, or they are of more or fewer processes.
     """
+    from baton.train.ranks import Ranks
     from baton.train.state import MEASURED_FILES
 
+    ranks = Ranks.join()
+    try:
+        return _verify(plan, task, root, stop, ranks, MEASURED_FILES)
+    finally:
+        ranks.leave()
+
+
+def _verify(
+    plan: Plan,
+    task: TaskPlan,
+    root: Path,
+    stop: StopSignal,
+    peers: Peers,
+    measured: frozenset[str],
+) -> Verdict:
     pipeline = PIPELINES[plan.pipeline]()
     store = task_store(root, plan, task.name)
     saved = {stage: _checkpoints(store, stage).steps() for stage in pipeline.training_stages}
@@ -48,8 +67,8 @@ def verify(plan: Plan, task: TaskPlan, root: Path, stop: StopSignal) -> Verdict:
         )
     verdicts = []
     for stage in enough:
-        leg = _leg(plan, task, stage, store, stop, decode(pipeline.config, task.config))
-        verdicts.append(_verify_stage(pipeline, leg, saved[stage][-2:], MEASURED_FILES))
+        leg = _leg(plan, task, stage, store, stop, decode(pipeline.config, task.config), peers)
+        verdicts.append(_verify_stage(pipeline, leg, saved[stage][-2:], measured))
     text = "\n".join(verdict.text for verdict in verdicts)
     return Verdict(all(verdict.identical for verdict in verdicts), text)
 
@@ -61,26 +80,58 @@ def _verify_stage(
     store, stage = leg.store, leg.record.stage
     original = _checkpoints(store, stage)
     first, last = stretch
-    with tempfile.TemporaryDirectory(dir=store.root, prefix=".verify-") as scratch:
-        copy = LocalStore(Path(scratch))
-        # A stage may go on from what earlier ones trained.
-        earlier = pipeline.stage_names[: pipeline.stage_names.index(stage)]
-        for name in ("base", *earlier):
-            if (store.root / name).exists():
-                (copy.root / name).symlink_to(store.root / name)
-        beside = [
-            name for name in store.names(stage) if not name.startswith(f"{stage}/checkpoints")
-        ]
-        for file in [*beside, *store.names(original.name(first))]:
-            copy.path(file).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(store.path(file), copy.path(file))
+    _require_as_many(leg, original.name(last, "state.json"))
+    with _scratch(leg) as folder:
+        copy = LocalStore(folder)
+        if leg.is_first:
+            # A stage may go on from what earlier ones trained.
+            earlier = pipeline.stage_names[: pipeline.stage_names.index(stage)]
+            for name in ("base", *earlier):
+                if (store.root / name).exists():
+                    (copy.root / name).symlink_to(store.root / name)
+            beside = [
+                name for name in store.names(stage) if not name.startswith(f"{stage}/checkpoints")
+            ]
+            for file in [*beside, *store.names(original.name(first))]:
+                copy.path(file).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(store.path(file), copy.path(file))
+        leg.peers.broadcast(None)  # all is there
         pipeline.load_retrain()(replace(leg, store=copy), last)
-        again = _checkpoints(copy, stage).manifest(last)
-    odd = _differences(original.manifest(last), again, measured)
+        odd = []
+        if leg.is_first:
+            again = _checkpoints(copy, stage).manifest(last)
+            odd = _differences(original.manifest(last), again, measured)
+        odd = leg.peers.broadcast(odd)
     what = f"{leg.task.name}: {stage}, steps {first} to {last}"
     if odd:
         return Verdict(False, f"{what}: not bit-identical, these files differ: {', '.join(odd)}")
     return Verdict(True, f"{what}: bit-identical")
+
+
+@contextlib.contextmanager
+def _scratch(leg: Leg) -> Iterator[Path]:
+    """A folder for all processes of a leg, in the task's own."""
+    with contextlib.ExitStack() as around:
+        made = None
+        if leg.is_first:
+            made = around.enter_context(
+                tempfile.TemporaryDirectory(dir=leg.folder, prefix=".verify-")
+            )
+        yield Path(leg.peers.broadcast(made))
+
+
+def _require_as_many(leg: Leg, state: str) -> None:
+    """Raises `ConfigError` unless a checkpoint was made by as many processes as there are now.
+
+    With another number sums are taken in another order.
+    """
+    environment = json.loads(leg.store.read(state)).get("environment", {})
+    count = int(environment.get("processes", leg.peers.size))
+    if count != leg.peers.size:
+        raise ConfigError(
+            f"{leg.task.name} was trained by {count} processes, this is {leg.peers.size};"
+            f" use: baton verify-resume --processes {count}"
+        )
 
 
 def _differences(a: Manifest, b: Manifest, measured: frozenset[str]) -> list[str]:
@@ -94,7 +145,13 @@ def _checkpoints(store: LocalStore, stage: str) -> Checkpoints:
 
 
 def _leg(
-    plan: Plan, task: TaskPlan, stage: str, store: LocalStore, stop: StopSignal, config: object
+    plan: Plan,
+    task: TaskPlan,
+    stage: str,
+    store: LocalStore,
+    stop: StopSignal,
+    config: object,
+    peers: Peers,
 ) -> Leg:
     record = LegRecord(
         task=task.name,
@@ -112,7 +169,7 @@ def _leg(
         record=record,
         store=store,
         stop=stop,
-        peers=Alone(),
+        peers=peers,
         check_fence=lambda: None,
         now=utc_now,
     )

@@ -288,7 +288,8 @@ def products(task: Task) -> dict[str, bytes]:
             place = folder / stage / "checkpoints" / f"step-{step:06d}"
             every = (path for path in place.rglob("*") if path.is_file())
             files = {path.relative_to(place).as_posix() for path in every}
-            assert "optimizer.safetensors" in files, f"{stage}, {which}: {sorted(files)}"
+            kinds = {name.partition("/")[0] for name in files}
+            assert kinds & {"optimizer.safetensors", "shards"}, f"{stage}, {which}: {sorted(files)}"
             names += [
                 f"{stage}/checkpoints/{place.name}/{name}"
                 for name in sorted(files - MEASURED_FILES - {"manifest.json"})

@@ -376,3 +376,24 @@ def test_the_last_save_and_the_best_one_are_in_the_store_and_old_ones_are_not(
     [version] = versions_in(whole)
     assert not [found for found in verify(whole, version) if found.problem]
     assert garbage(whole, version).names == [], "rotation left something behind"
+
+
+def test_two_processes_with_a_share_each_go_on_on_an_empty_machine(
+    lab: Lab, s3: Far, tmp_path: Path
+) -> None:
+    settings = {"matrix.adapter.method": "[full]", "train.sharding": "full", "train.max_steps": "6"}
+    whole = lab.task(settings)
+    assert [leg.wait() for leg in lab.start_pair(whole)] == [0, 0]
+    here = lab.task(settings, url=s3.url())
+    pair = lab.start_pair(here)
+    wait_for(pair[0], " step=3/6 ")
+    pair[1].kill(signal.SIGTERM)
+    assert [leg.wait() for leg in pair] == [75, 75], pair[0].text[-2000:]
+    assert here.legs()[-1]["not_stored"] == []
+    there = lab.task(settings, url=here.url)
+    pair = lab.start_pair(there)
+    assert [leg.wait() for leg in pair] == [0, 0], pair[0].text[-2000:] + pair[1].text[-2000:]
+    assert re.search(r"resumed .* step=[3-6]/6", pair[0].text)
+    end = s3.on_empty_machine(there, tmp_path / "end")
+    assert_identical(end, whole)
+    assert (end.checkpoint(6) / "shards" / "00001-of-00002.safetensors").exists()

@@ -169,6 +169,30 @@ def baton(home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFix
             id="rule across fields",
         ),
         pytest.param(
+            ["check", "qa", "--set", "train.sharding=full"],
+            [
+                "error: HOME/jobs/qa.yaml:1: train.sharding: full cannot share out 4-bit weights;"
+                " use adapter.method lora or full, got qlora"
+            ],
+            id="sharded 4-bit weights",
+        ),
+        pytest.param(
+            ["check", "qa", "--set", "train.sharding=full", "--set", "train.precision=fp16"],
+            [
+                "error: HOME/jobs/qa.yaml:10: train: sharding: full needs precision bf16 or fp32,"
+                " got fp16"
+            ],
+            id="sharded in fp16",
+        ),
+        pytest.param(
+            ["check", "qa", "--set", "train.sharding=full", "--set", "train.optimizer=adafactor"],
+            [
+                "error: HOME/jobs/qa.yaml:10: train: sharding: full needs optimizer: adamw, got"
+                " adafactor"
+            ],
+            id="sharded with another optimizer",
+        ),
+        pytest.param(
             ["check", "qa", "--set", "data.path=rows.csv", "--set", "data.hub="],
             ["error: --set: data.path: there is no file rows.csv (looked for from HOME)"],
             id="missing data file",

@@ -4,13 +4,27 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import sys
+from typing import TYPE_CHECKING
 
 import click
 
 from baton.cli.options import SET, SITE, STORE
 from baton.cli.target import Target
 from baton.errors import ExitStatus
+
+if TYPE_CHECKING:
+    from baton.handover import StopSignal
+
+
+PROCESSES = click.option(
+    "--processes",
+    type=click.IntRange(1),
+    default=1,
+    show_default=True,
+    help="Training processes on this machine, one a GPU.",
+)
 
 
 @click.command()
@@ -32,13 +46,7 @@ from baton.errors import ExitStatus
 @click.option(
     "--stage", metavar="NAME", envvar="BATON_STAGE", help="The last stage to run; default: all."
 )
-@click.option(
-    "--processes",
-    type=click.IntRange(1),
-    default=1,
-    show_default=True,
-    help="Training processes on this machine, one a GPU.",
-)
+@PROCESSES
 def run(
     plan_or_exp: str,
     task: str | None,
@@ -68,13 +76,7 @@ def run(
 
     stop = listen()
     if processes > 1:
-        from baton.launchers.processes import run_together
-
-        words = [word for word in sys.argv[1:] if not word.startswith("--processes=")]
-        if "--processes" in words:
-            place = words.index("--processes")
-            del words[place : place + 2]
-        sys.exit(run_together([sys.executable, "-m", "baton", *words], processes, stop))
+        sys.exit(_run_together(processes, stop))
     log_to_stdout()
     from baton.runner import TaskRunner, submission_id, task_store
 
@@ -109,24 +111,43 @@ def run(
     sys.exit(status)
 
 
+def _run_together(processes: int, stop: StopSignal) -> int:
+    """This command, once for each process."""
+    from baton.launchers.processes import run_together
+
+    words = [word for word in sys.argv[1:] if not word.startswith("--processes=")]
+    if "--processes" in words:
+        place = words.index("--processes")
+        del words[place : place + 2]
+    return run_together([sys.executable, "-m", "baton", *words], processes, stop)
+
+
 @click.command("verify-resume")
 @click.argument("task")
 @SET
 @SITE
 @STORE
-def verify_resume(task: str, settings: tuple[str, ...], site: str, store: str | None) -> None:
+@PROCESSES
+def verify_resume(
+    task: str, settings: tuple[str, ...], site: str, store: str | None, processes: int
+) -> None:
     """Train again between a task's last two checkpoints; say whether the bytes are the same."""
     from baton.process import limit_threads, listen, prepare_gpu_memory, quiet_libraries
     from baton.verify import verify
 
+    if processes > 1:
+        sys.exit(_run_together(processes, listen()))
+    is_first = os.environ.get("RANK", "0") == "0"
     limit_threads(site)
     prepare_gpu_memory()
     target = Target.submitted(task, settings, site, store)
     meant = target.plan.task(target.one_task("verify-resume"))
-    target.place.bring(target.plan, meant.name, checkpoints=2)
+    if is_first:
+        target.place.bring(target.plan, meant.name, checkpoints=2)
     stop = listen()
     quiet_libraries()
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     verdict = verify(target.plan, meant, target.root, stop)
-    click.echo(verdict.text)
+    if is_first:
+        click.echo(verdict.text)
     sys.exit(ExitStatus.FINISHED if verdict.identical else ExitStatus.FAILED)

@@ -96,7 +96,9 @@ class Checkpoints:
         """
         self.check_fence()
         paths = sorted(path for path in folder.rglob("*") if path.is_file())
-        files = [_entry(path, path.relative_to(folder).as_posix()) for path in paths]
+        # The shares of a sharded model are large; hashing lets other threads run.
+        with ThreadPoolExecutor(max_workers=4) as pool:
+            files = list(pool.map(lambda p: _entry(p, p.relative_to(folder).as_posix()), paths))
         manifest = Manifest(
             notice=self.notice, step=step, leg=self.leg, created=self.now(), files=files
         )

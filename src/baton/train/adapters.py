@@ -15,12 +15,12 @@ from peft import (
     get_peft_model_state_dict,
     set_peft_model_state_dict,
 )
-from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
 from baton.errors import ConfigError, DamagedError
 from baton.train.config import AdapterConfig
-from baton.train.state import save_tensors
+from baton.train.shard_files import load_tensors
+from baton.train.tensor_files import save_tensors
 
 FOLDER = "adapter"
 WEIGHTS = "adapter_model.safetensors"
@@ -85,7 +85,17 @@ class AdapterWeights:
     name: str = "default"
     folder: str = FOLDER
 
+    @property
+    def file(self) -> str:
+        return f"{self.folder}/{WEIGHTS}"
+
     def save(self, folder: Path) -> None:
+        self.describe(folder)
+        tensors = {k: v.contiguous() for k, v in self.tensors().items()}
+        save_tensors(tensors, folder / self.file)
+
+    def describe(self, folder: Path) -> None:
+        """Write PEFT's configuration."""
         target = folder / self.folder
         target.mkdir(parents=True, exist_ok=True)
         config = self.model.peft_config[self.name]
@@ -93,18 +103,17 @@ class AdapterWeights:
         tidy = copy.copy(config)
         tidy.inference_mode, tidy.target_modules = True, sorted(config.target_modules)
         tidy.save_pretrained(str(target))
-        save_tensors({k: v.contiguous() for k, v in self._weights().items()}, target / WEIGHTS)
 
     def load(self, folder: Path) -> None:
         """Raises `DamagedError` if the weights are not this adapter's."""
-        weights = load_file(folder / self.folder / WEIGHTS)
-        expected = self._weights()
+        weights = load_tensors(folder, self.file)
+        expected = self.tensors()
         if expected.keys() != weights.keys():
             odd = sorted(expected.keys() ^ weights.keys())
             raise DamagedError(f"{folder.name}: these adapter weights do not match: {odd[:3]}")
         set_peft_model_state_dict(self.model, weights, adapter_name=self.name)
 
-    def _weights(self) -> dict[str, torch.Tensor]:
+    def tensors(self) -> dict[str, torch.Tensor]:
         weights: dict[str, torch.Tensor] = get_peft_model_state_dict(
             self.model, adapter_name=self.name, save_embedding_layers=False
         )

@@ -98,7 +98,7 @@ def load_model(
     compute_dtype: torch.dtype,
     packed: bool,
 ) -> PreTrainedModel:
-    """The base model on `device`, frozen unless all of it is to learn.
+    """The base model on `device`, frozen unless all of it is to learn; on meta without weights.
 
     Weights are in `compute_dtype`, or NF4 for QLoRA, or float32 masters for full fine-tuning.
     `packed` chooses the attention of training; otherwise SDPA, for generation.
@@ -111,16 +111,17 @@ def load_model(
     options |= {
         "dtype": torch.float32 if adapter.method == "full" else compute_dtype,
         "attn_implementation": attention.NAME if packed else "sdpa",
-        "device_map": {"": device},
-        # A pickle from a store or a hub could run code.
-        "use_safetensors": True,
     }
     if adapter.method == "qlora":
         from baton.train import quantize
 
         options["quantization_config"] = quantize.nf4(compute_dtype)
     try:
-        loaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(place, **options)
+        loaded = (
+            _outline(place, options)
+            if device.type == "meta"
+            else _with_weights(place, options, device)
+        )
     except (OSError, ValueError) as error:
         raise ModelError(_cannot_load(model, place, error)) from error
     except KeyError as error:
@@ -133,9 +134,30 @@ def load_model(
     if adapter.method == "qlora":
         quantize.keep_trainable(loaded)
     loaded.requires_grad_(adapter.method == "full")
-    if packed:
+    if packed and device.type != "meta":
         attention.check_separation(loaded)
     return loaded
+
+
+def _with_weights(place: str, options: dict[str, Any], device: torch.device) -> PreTrainedModel:
+    loaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        place,
+        device_map={"": device},
+        # A pickle from a store or a hub could run code.
+        use_safetensors=True,
+        **options,
+    )
+    return loaded
+
+
+def _outline(place: str, options: dict[str, Any]) -> PreTrainedModel:
+    """The model's modules, with names and shapes of its weights only."""
+    made = {key: options.pop(key) for key in ("dtype", "attn_implementation")}
+    config = AutoConfig.from_pretrained(place, **options)
+    trust = {k: v for k, v in options.items() if k == "trust_remote_code"}
+    with torch.device("meta"):
+        outline: PreTrainedModel = AutoModelForCausalLM.from_config(config, **made, **trust)
+    return outline
 
 
 def _cannot_load(model: ModelConfig, place: str, error: Exception) -> str:

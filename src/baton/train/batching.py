@@ -30,6 +30,18 @@ class Whole:
     labelled: int
 
 
+@dataclass(frozen=True)
+class Idle:
+    """A micro-batch that counts nothing: its rank takes part in what another one computes."""
+
+    batch: Any
+
+
+def shortest(source: TokenSource, indices: Indices) -> Indices:
+    """The one of some samples that has the fewest tokens."""
+    return indices[[int(source.lengths(indices).argmin())]]
+
+
 class Batching(Protocol):
     """Cuts the samples of one step and makes what the loss of a run takes."""
 

@@ -92,6 +92,10 @@ class TrainConfig:
     where they are not given, a GPU's memory is measured and the fastest that fits is chosen, and
     a CPU gets micro-batches of 8,192 tokens. `compile` is for GPUs;
     with `deterministic` nothing is compiled, because a compiler chooses its kernels by timing.
+
+    `sharding: full` is for what does not fit on one device: of weights, gradients and the
+    optimizer's state each process keeps a share (FSDP2, ZeRO stage 3). Micro-batches are then of
+    8,192 tokens and layers make their activations anew, unless the configuration says otherwise.
     """
 
     epochs: Annotated[float, between(0, 10_000)] = 3.0
@@ -99,6 +103,7 @@ class TrainConfig:
     batch_samples: Annotated[int, at_least(1)] = 16
     tokens_per_micro_batch: Annotated[int, at_least(1)] | None = None
     activation_checkpointing: bool | None = None
+    sharding: Literal["none", "full"] = "none"
     compile: bool = True
     optimizer: Literal["adamw", "adafactor"] = "adamw"
     learning_rate: Annotated[float, between(0, 10)] = 1e-4
@@ -124,3 +129,16 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if self.epochs <= 0:
             raise ValueError(f"epochs must be more than 0, got {self.epochs}")
+        if self.sharding == "full" and self.optimizer != "adamw":
+            raise ValueError(f"sharding: full needs optimizer: adamw, got {self.optimizer}")
+        if self.sharding == "full" and self.precision == "fp16":
+            raise ValueError("sharding: full needs precision bf16 or fp32, got fp16")
+
+
+def require_shardable(train: TrainConfig, adapter: AdapterConfig) -> None:
+    """Raises `ValueError` where weights that are to be shared out are in 4 bits."""
+    if train.sharding == "full" and adapter.method == "qlora":
+        raise ValueError(
+            "train.sharding: full cannot share out 4-bit weights; use adapter.method lora or full,"
+            " got qlora"
+        )

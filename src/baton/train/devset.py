@@ -13,7 +13,7 @@ import torch
 from baton.record import dump_json
 from baton.stage import Leg
 from baton.train.batch import TokenSource
-from baton.train.batching import Batching
+from baton.train.batching import Batching, shortest
 from baton.train.cursor import Indices
 from baton.train.ranks import Ranks
 
@@ -27,6 +27,8 @@ class DevSet:
 
     An evaluation may take longer than a leg lasts. What is done when a handover cuts it off is
     kept below `<folder>/shards`, and the next leg goes on from there to the same sum.
+
+    `together`: a rank computes whenever any other does, because each has a share of the model.
     """
 
     leg: Leg
@@ -35,6 +37,7 @@ class DevSet:
     source: TokenSource
     batching: Batching
     loss: Callable[[Indices], torch.Tensor]
+    together: bool = False
 
     def mean_loss(self, step: int, *, budget: int) -> float | None:
         """Mean loss per labelled token at `step`, or None when asked to stop before the end.
@@ -49,7 +52,8 @@ class DevSet:
         first, total = self._kept(prefix)
         done, kept_at = first, time.monotonic()
         # Ranks may have kept different numbers; all must ask each other equally often.
-        for number in range(max(map(len, shares))):
+        begin = min(self.ranks.gather(first)) if self.together else 0
+        for number in range(begin, max(map(len, shares))):
             # Each leg does a little, or legs that are stopped at once would stand still here.
             if self.ranks.agree(self.leg.stop.is_set and done > first)[0]:
                 self._keep(prefix, done, total)
@@ -60,6 +64,8 @@ class DevSet:
                 if time.monotonic() - kept_at > _KEEP_EVERY_SECONDS:
                     self._keep(prefix, done, total)
                     kept_at = time.monotonic()
+            elif self.together:
+                self.loss(shortest(self.source, indices))
         labelled = int(self.source.labelled(indices).sum())
         mean = self.ranks.sum([total])[0] / labelled
         self._forget(prefix)

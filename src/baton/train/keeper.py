@@ -17,6 +17,7 @@ from baton.store.checkpoint import Retention
 from baton.train import state as saved
 from baton.train.precision import Precision
 from baton.train.ranks import Ranks
+from baton.train.sharded_state import ShardedState, require_shared
 from baton.train.state import Timing, TrainState, Weights
 
 log = logging.getLogger(__name__)
@@ -31,6 +32,7 @@ class Keeper:
     Attributes:
         identity: what must be the same in every leg (base weights, data); a difference is
             refused unless named in `allow_changed`.
+        shares: where every rank saves and loads a share of weights and optimizer.
         environment: what may change, but is said when it does.
     """
 
@@ -46,6 +48,7 @@ class Keeper:
     identity: Mapping[str, str]
     environment: Mapping[str, str]
     allow_changed: Sequence[str] = ()
+    shares: ShardedState | None = None
     saved_step: int | None = None
     saved_at: float = field(default_factory=time.monotonic)
 
@@ -58,7 +61,10 @@ class Keeper:
         Raises:
             ConfigError: the checkpoint is of another base or other data.
         """
-        folder = self.leg.folder / f".restored-{self.ranks.rank}"
+        rank = self.ranks.rank if self.shares is None else 0
+        folder = self.leg.folder / f".restored-{rank}"
+        if self.shares is not None and self.ranks.size > 1:
+            require_shared(self.leg.folder, self.ranks)
         if self.leg.is_first:
             for left_over in self.leg.folder.glob(f"{_STAGING}*"):
                 shutil.rmtree(left_over, ignore_errors=True)
@@ -67,12 +73,15 @@ class Keeper:
             found = self.ranks.broadcast(manifest.step if manifest else None)
         else:
             found = self.ranks.broadcast(None)
-            if found is not None:
+            if found is not None and self.shares is None:
                 self.checkpoints.fetch_anywhere(found, folder)
         if found is not None:
             fresh, timing = self._load(folder)
             self.saved_step = fresh.step
-        shutil.rmtree(folder, ignore_errors=True)
+        if self.shares is not None:
+            self.ranks.gather(None)  # all have read it
+        if self.shares is None or self.leg.is_first:
+            shutil.rmtree(folder, ignore_errors=True)
         # A leg that goes through several stages came from where the first of them was.
         first = self.leg.record.from_step
         self.leg.amend(from_step=fresh.step if first is None else first, to_step=fresh.step)
@@ -83,8 +92,11 @@ class Keeper:
     def _load(self, folder: Path) -> tuple[TrainState, Timing]:
         state, timing = saved.read_state(folder)
         self._compare(state)
-        self.weights.load(folder)
-        saved.load_optimizer(self.optimizer, self.names, folder)
+        if self.shares is not None:
+            self.shares.load(folder)
+        else:
+            self.weights.load(folder)
+            saved.load_optimizer(self.optimizer, self.names, folder)
         self.precision.load(state.scaler)
         environment = dict(self.environment)
         if self.ranks.device.type == "cpu":
@@ -115,6 +127,10 @@ class Keeper:
         """Commit the state, once a step, and drop what retention lets go."""
         self.saved_at = time.monotonic()
         if not self.leg.is_first:
+            if self.shares is not None and self.saved_step != state.step:
+                self.ranks.broadcast(None)  # the folder is there
+                self.shares.save(self._staging)
+                self.saved_step = state.step
             return
         if self.saved_step != state.step:
             self._write(state, timing)
@@ -132,16 +148,24 @@ class Keeper:
 
     def _write(self, state: TrainState, timing: Timing) -> None:
         state.scaler = self.precision.state()
-        # A folder of this leg's own: an older leg that wakes up must not mix its files in.
-        staging = self.leg.folder / f"{_STAGING}{self.leg.record.number:03d}"
+        staging = self._staging
         shutil.rmtree(staging, ignore_errors=True)
         staging.mkdir(parents=True)
-        self.weights.save(staging)
-        saved.save_optimizer(self.optimizer, self.names, staging)
+        if self.shares is not None:
+            self.ranks.broadcast(None)
+            self.shares.save(staging)
+        else:
+            self.weights.save(staging)
+            saved.save_optimizer(self.optimizer, self.names, staging)
         saved.write_state(state, timing, staging)
         self.checkpoints.save(state.step, staging)
         shutil.rmtree(staging)
         self.checkpoints.prune(self._retention(state))
+
+    @property
+    def _staging(self) -> Path:
+        # A folder of this leg's own: an older leg that wakes up must not mix its files in.
+        return self.leg.folder / f"{_STAGING}{self.leg.record.number:03d}"
 
     def _retention(self, state: TrainState) -> Retention:
         return Retention(

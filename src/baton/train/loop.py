@@ -6,7 +6,8 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from functools import partial
+from typing import Any, Protocol, cast
 
 import numpy as np
 import torch
@@ -15,7 +16,7 @@ from baton.errors import ConfigError
 from baton.stage import Leg, Outcome
 from baton.train.ahead import Ahead
 from baton.train.batch import TokenSource
-from baton.train.batching import Batching, Packed, Whole, pad_multiple
+from baton.train.batching import Batching, Idle, Packed, Whole, pad_multiple, shortest
 from baton.train.config import TrainConfig
 from baton.train.cursor import Cursor, Indices
 from baton.train.devset import DevSet
@@ -28,7 +29,9 @@ from baton.train.optim import Schedule, build_optimizer, set_learning_rate
 from baton.train.planner import MemoryPlan
 from baton.train.precision import Precision
 from baton.train.ranks import Ranks
-from baton.train.state import Timing, TrainState, Weights
+from baton.train.sharded_state import ShardedState
+from baton.train.sharding import Sharded
+from baton.train.state import SpreadWeights, Timing, TrainState, Weights
 
 log = logging.getLogger(__name__)
 
@@ -86,6 +89,7 @@ class Loop:
         score: taken with every dev loss; where it is given, it decides which checkpoint is best.
         read_ahead: hears which samples are to come.
         maker: where it is given, `train` holds what it made for the step at hand.
+        sharded: where every rank has a share of the model only; all then compute in step.
         dev_loss, dev_batching: for the dev loss, where they are others than in training.
         versions: how often `train` holds its samples, end to end; each epoch takes the next
             version of them.
@@ -107,6 +111,7 @@ class Loop:
     score: DevScore | None = None
     read_ahead: ReadAhead | None = None
     maker: Maker | None = None
+    sharded: Sharded | None = None
     dev_loss: Callable[[Any], torch.Tensor] | None = None
     dev_batching: Batching | None = None
     versions: int = 1
@@ -138,6 +143,13 @@ class Loop:
             environment=self.environment,
         )
         self.timing = Timing(first_started=self.leg.now())
+        # However many processes there are: of a plan all checkpoints are of one kind.
+        shares = ShardedState(
+            ranks=self.ranks,
+            weights=cast(SpreadWeights, self.weights),
+            optimizer=self.optimizer,
+            names=names,
+        )
         self.keeper = Keeper(
             leg=self.leg,
             ranks=self.ranks,
@@ -151,6 +163,7 @@ class Loop:
             identity=self.identity,
             environment=self.environment,
             allow_changed=self.allow_changed,
+            shares=shares if config.sharding == "full" else None,
         )
         self.dev_set = DevSet(
             leg=self.leg,
@@ -159,6 +172,7 @@ class Loop:
             source=self.dev,
             batching=self.dev_batching or self.batches,
             loss=self._dev_micro_batch,
+            together=self.sharded is not None,
         )
         self.metrics = Metrics(
             self.leg.folder / self.folder,
@@ -221,8 +235,9 @@ class Loop:
 
     def _plan_memory(self) -> None:
         """Set how large micro-batches are, and how many layers recompute."""
-        # What a maker makes is not there yet.
-        can_try = self.ranks.device.type == "cuda" and self.maker is None
+        # What a maker makes is not there yet; a trial that fails on one rank stops the others.
+        is_open = self.maker is None and self.sharded is None
+        can_try = self.ranks.device.type == "cuda" and is_open
         plan = given_plan(self.config, self.model, can_try=can_try) or self._tried_plan()
         self.state.tokens_per_micro_batch = plan.tokens
         self.state.recompute_layers = plan.recompute_layers
@@ -268,7 +283,8 @@ class Loop:
             if not memory:
                 break
             self._shrink_micro_batch(self.batches.least(self.train, indices))
-        self.ranks.sum_gradients(self.parameters)
+        if self.sharded is None:
+            self.ranks.sum_gradients(self.parameters)
         set_learning_rate(self.optimizer, self.schedule.at(step))
         norm = self.precision.step(self.optimizer, self.parameters, self.config.clip_norm)
         self.optimizer.zero_grad(set_to_none=True)
@@ -297,19 +313,39 @@ class Loop:
         self.model.train()
         try:
             for number, batch in enumerate(batches):
-                if self.leg.stop.is_urgent:
+                if self._is_urgent():
                     break
                 # Dropout follows from where we are, so there is no RNG state to save.
                 torch.manual_seed(mix_seed(self.config.seed, step, self.ranks.rank, number))
                 with self.precision.autocast():
-                    loss = self._part(batch, whole)
+                    loss = self._computed(partial(self._part, batch, whole))
                 self.precision.backward(loss)
                 total += loss.detach()
-        except torch.OutOfMemoryError:
+        except torch.OutOfMemoryError as error:
+            if self.sharded is not None:
+                # The others wait for this rank's share, so that it cannot begin anew.
+                raise ConfigError(
+                    f"out of memory with {budget} tokens a micro-batch; set"
+                    " train.tokens_per_micro_batch to less, or use more GPUs"
+                ) from error
             return total, True
         return total, False
 
+    def _is_urgent(self) -> bool:
+        """Is there no time for the rest of the step? Ranks with shares of a model all say so."""
+        urgent = self.leg.stop.is_urgent
+        return urgent if self.sharded is None else self.ranks.agree(urgent)[0]
+
+    def _computed(self, work: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """What `work` makes of the model, its weights gathered meanwhile where it is sharded."""
+        if self.sharded is None:
+            return work()
+        result: torch.Tensor = self.sharded(work)
+        return result
+
     def _part(self, batch: Any, whole: Whole) -> torch.Tensor:
+        if isinstance(batch, Idle):
+            return 0 * self._part(batch.batch, whole)
         if self.part is not None:
             return self.part(batch, whole)
         return self.loss(batch) / whole.labelled
@@ -318,8 +354,13 @@ class Loop:
         """The micro-batches of this rank's share of a step."""
         indices = self._indices(step)
         shares = self.batches.cut(self.train, indices, ranks=self.ranks.size, budget=budget)
-        for share in shares[self.ranks.rank]:
+        mine = shares[self.ranks.rank]
+        for share in mine:
             yield self.batches.collate(self.train, indices[share], budget=budget)
+        if self.sharded is not None:
+            least = shortest(self.train, indices)
+            for _ in range(max(map(len, shares)) - len(mine)):
+                yield Idle(self.batches.collate(self.train, least, budget=budget))
 
     def _shrink_micro_batch(self, least: int) -> None:
         """Halve the micro-batch after running out of memory; batch and order stay.
@@ -369,6 +410,8 @@ class Loop:
         self.model.eval()
         with self.journal.speed.paused():
             loss = self.dev_set.mean_loss(self.state.step, budget=self.state.tokens_per_micro_batch)
+            if self.sharded is not None:
+                self.sharded.reshard()  # left whole after the last forward pass
             if loss is None:
                 return False
             scores = {} if self.score is None else self.score.take(self.state.step)
@@ -383,7 +426,7 @@ class Loop:
         batching, loss = self.dev_batching or self.batches, self.dev_loss or self.loss
         batch = batching.collate(self.dev, indices, budget=self.state.tokens_per_micro_batch)
         with torch.no_grad(), self.precision.autocast():
-            return loss(batch)
+            return self._computed(partial(loss, batch))
 
     def _is_stopped_early(self) -> bool:
         patience = self.config.early_stop_patience

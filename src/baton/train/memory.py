@@ -80,6 +80,8 @@ class Trials:
 def given_plan(config: TrainConfig, model: torch.nn.Module, *, can_try: bool) -> MemoryPlan | None:
     """What the configuration says; None where it leaves open what can be tried out."""
     tokens, recompute = config.tokens_per_micro_batch, config.activation_checkpointing
+    if recompute is None and config.sharding == "full":
+        recompute = True
     if can_try and (tokens is None or recompute is None):
         return None
     layers = len(layers_of(model)) if recompute else 0

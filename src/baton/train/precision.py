@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch.distributed.tensor import DTensor
 
 from baton.errors import ConfigError
 
@@ -66,6 +67,9 @@ class Precision:
             self.scaler.unscale_(optimizer)
         limit = clip_norm or float("inf")
         norm: torch.Tensor = torch.nn.utils.clip_grad_norm_(parameters, limit)
+        if isinstance(norm, DTensor):
+            # Of a sharded model: from every rank's share.
+            norm = norm.full_tensor()
         if self.scaler:
             self.scaler.step(optimizer)
             self.scaler.update()

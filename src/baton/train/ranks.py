@@ -54,6 +54,11 @@ class Ranks:
         control = dist.new_group(backend="gloo", timeout=timeout)
         return cls(rank, size, device, control)
 
+    @property
+    def control(self) -> Any:
+        """The group on the CPU; None where there is one process."""
+        return self._control
+
     @classmethod
     def of(cls, peers: object) -> Ranks:
         """The ranks that a leg's peers are; a leg without any joins them now."""

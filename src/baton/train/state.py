@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import json
-import os
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from torch.distributed.tensor import DTensor
 
 from baton.config.decode import decode
 from baton.errors import ConfigError, DamagedError
 from baton.record import dump_json
+from baton.train.shard_files import load_tensors
+from baton.train.tensor_files import save_tensors
 
 STATE = "state.json"
 TIMING = "timing.json"
@@ -95,17 +94,38 @@ class Weights(Protocol):
     def load(self, folder: Path) -> None: ...
 
 
+class SpreadWeights(Weights, Protocol):
+    """Weights of which every process may hold a share."""
+
+    @property
+    def file(self) -> str:
+        """The safetensors file that they are, below the folder."""
+        ...
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """What that file holds: the model's own tensors, without gradient, by name."""
+        ...
+
+    def describe(self, folder: Path) -> None:
+        """Write what belongs to them besides tensors."""
+        ...
+
+
 @dataclass(frozen=True)
 class FullWeights:
     """Every weight of a model, tied ones once."""
 
     model: torch.nn.Module
+    file: str = MODEL
 
     def save(self, folder: Path) -> None:
-        save_tensors({k: v.contiguous() for k, v in self._tensors().items()}, folder / MODEL)
+        save_tensors({k: v.contiguous() for k, v in self.tensors().items()}, folder / MODEL)
+
+    def describe(self, folder: Path) -> None:
+        """There is nothing but tensors."""
 
     def load(self, folder: Path) -> None:
-        saved, here = load_file(folder / MODEL), self._tensors()
+        saved, here = load_tensors(folder, MODEL), self.tensors()
         if saved.keys() != here.keys():
             odd = sorted(saved.keys() ^ here.keys())
             raise DamagedError(f"{MODEL}: these weights do not match the model: {odd[:3]}")
@@ -113,26 +133,16 @@ class FullWeights:
             for name, tensor in here.items():
                 tensor.copy_(saved[name])
 
-    def _tensors(self) -> dict[str, torch.Tensor]:
-        seen: dict[int, str] = {}
+    def tensors(self) -> dict[str, torch.Tensor]:
+        seen: set[int] = set()
         tensors = {}
-        for name, tensor in self.model.state_dict().items():
-            if tensor.data_ptr() not in seen:
-                seen[tensor.data_ptr()] = name
-                tensors[name] = tensor
+        for name, tensor in self.model.state_dict(keep_vars=True).items():
+            # A share has no address of its own.
+            place = id(tensor) if isinstance(tensor, DTensor) else tensor.data_ptr()
+            if place not in seen:
+                seen.add(place)
+                tensors[name] = tensor.detach()
         return tensors
-
-
-def save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
-    """Write a safetensors file; a full disk is an `OSError`, as for any other file."""
-    try:
-        save_file(tensors, path)
-    except SafetensorError as error:
-        number = re.search(r"os error (\d+)", str(error))
-        if not number:
-            raise
-        code = int(number[1])
-        raise OSError(code, os.strerror(code), str(path)) from error
 
 
 def save_optimizer(
@@ -151,7 +161,7 @@ def load_optimizer(
     optimizer: torch.optim.Optimizer, names: Mapping[torch.nn.Parameter, str], folder: Path
 ) -> None:
     """Read what `save_optimizer` wrote. Raises `DamagedError` if a parameter has no state."""
-    tensors = load_file(folder / OPTIMIZER)
+    tensors = load_tensors(folder, OPTIMIZER)
     by_name = {name: parameter for parameter, name in names.items()}
     for key, value in tensors.items():
         item, _, name = key.partition("/")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import json
 import shutil
@@ -28,11 +29,13 @@ from baton.record import (
 )
 from baton.stage import Leg, Outcome
 from baton.train.adapters import FOLDER as ADAPTER
+from baton.train.adapters import WEIGHTS
 from baton.train.environment import environment_of
 from baton.train.learner import Learner
 from baton.train.metrics import FILE as METRICS
 from baton.train.metrics import read_lines
 from baton.train.ranks import Ranks
+from baton.train.shard_files import sharded_bytes
 from baton.tuning.best import TRAIN, fetch_best
 from baton.tuning.model import Model, TaskModel, Tuning
 from baton.tuning.training import SUMMARY, read_report
@@ -138,6 +141,8 @@ def _fetch_best(leg: Leg, ranks: Ranks, stage: str) -> int:
 
 
 def _load(leg: Leg, ranks: Ranks, exam: Exam) -> Learner:
+    # What was sharded for training is held by cycles; its memory is needed now.
+    gc.collect()
     model = exam.model or TaskModel.of(leg)
     learner = model.learner(ranks.device, packed=False)
     learner.model.eval()
@@ -303,7 +308,8 @@ def _adapter_bytes(leg: Leg, ranks: Ranks) -> int | None:
     folder = _best_folder(leg, ranks) / ADAPTER
     if not folder.exists():
         return None
-    return sum(path.stat().st_size for path in folder.iterdir())
+    size = sum(path.stat().st_size for path in folder.iterdir())
+    return size + sharded_bytes(folder.parent, f"{ADAPTER}/{WEIGHTS}")
 
 
 def _figures(config: Tuning, answered: list[dict[str, Any]]) -> GenerationFigures:

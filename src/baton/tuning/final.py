@@ -9,7 +9,9 @@ from pathlib import Path
 from baton.record import dump_json
 from baton.stage import Leg
 from baton.train.adapters import FOLDER as ADAPTER
+from baton.train.adapters import WEIGHTS
 from baton.train.learner import Learner
+from baton.train.shard_files import place_tensors
 from baton.train.state import MODEL
 from baton.tuning.best import TRAIN, fetch_best
 from baton.tuning.model import Model
@@ -31,9 +33,11 @@ def write_final(
         if method == "full":
             learner.network.config.save_pretrained(final)
             learner.network.generation_config.save_pretrained(final)
-            shutil.copyfile(best / MODEL, final / MODEL)
+            place_tensors(best, MODEL, final / MODEL)
         else:
             shutil.copytree(best / ADAPTER, final, dirs_exist_ok=True)
+            if not (final / WEIGHTS).exists():
+                place_tensors(best, f"{ADAPTER}/{WEIGHTS}", final / WEIGHTS)
         model.tokenizer().save_pretrained(final)
 
     place_final(leg, model, fill, method=method, stage=stage)

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from baton.stage import Leg
     from baton.train.learner import Learner
+    from baton.train.ranks import Ranks
 
 DATA = "data"
 BASE = "base"
@@ -106,8 +107,11 @@ class TaskModel:
 
         return describe(self.config.model, self.revision)
 
-    def learner(self, device: torch.device, *, packed: bool) -> Learner:
-        """The model with what learns of it: to train (`packed`), or to generate."""
+    def learner(self, device: torch.device, *, packed: bool, over: Ranks | None = None) -> Learner:
+        """The model with what learns of it: to train (`packed`), or to generate.
+
+        It is sharded over the ranks `over`, if given.
+        """
         from baton.train.layers import is_compiled
         from baton.train.learner import build_learner
         from baton.train.precision import Precision
@@ -123,4 +127,5 @@ class TaskModel:
             packed=packed,
             seed=config.train.seed,
             compiled=packed and is_compiled(config.train, device),
+            over=over,
         )

@@ -14,6 +14,7 @@ from baton.train.loop import Loop
 from baton.train.loss import CausalLoss
 from baton.train.precision import Precision
 from baton.train.ranks import Ranks
+from baton.train.sharding import ranks_to_shard_over
 from baton.tuning.best import HISTORY, TRAIN
 from baton.tuning.final import write_final
 from baton.tuning.model import DATA, Model, TaskModel, Tuning
@@ -75,7 +76,8 @@ def build_loop(leg: Leg, *, stop_at: int | None = None) -> tuple[Loop, Learner]:
     ranks = Ranks.of(leg.peers)
     if config.train.deterministic:
         make_deterministic()
-    learner = TaskModel.of(leg).learner(ranks.device, packed=True)
+    over = ranks_to_shard_over(config.train, ranks)
+    learner = TaskModel.of(leg).learner(ranks.device, packed=True, over=over)
     report = read_report(leg)
     return (
         Loop(
@@ -90,6 +92,7 @@ def build_loop(leg: Leg, *, stop_at: int | None = None) -> tuple[Loop, Learner]:
             ),
             train=TokenFile(leg.folder / DATA, "train"),
             dev=TokenFile(leg.folder / DATA, "dev"),
+            sharded=learner.sharded,
             versions=report.get("versions", 1),
             folder=TRAIN,
             identity={

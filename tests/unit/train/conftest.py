@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from peft import PeftModel
+from torch.distributed.tensor import distribute_tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from baton.handover import StopSignal
@@ -24,6 +25,7 @@ from baton.train.loop import Loop
 from baton.train.loss import CausalLoss
 from baton.train.precision import Precision
 from baton.train.ranks import Ranks
+from baton.train.sharding import ranks_to_shard_over
 
 VOCAB = 97
 CPU = torch.device("cpu")
@@ -108,7 +110,9 @@ class Tiny:
     folder: Path
     adapter: AdapterConfig
 
-    def learner(self, *, dtype: torch.dtype = torch.float32, seed: int = 0) -> Learner:
+    def learner(
+        self, *, dtype: torch.dtype = torch.float32, seed: int = 0, over: Ranks | None = None
+    ) -> Learner:
         learner = build_learner(
             PathModel(source="path", path=str(self.folder)),
             self.adapter,
@@ -118,12 +122,16 @@ class Tiny:
             compute_dtype=dtype,
             packed=True,
             seed=seed,
+            over=over,
         )
         # LoRA's B is zero at the start, which would hide every gradient of A.
         generator = torch.Generator().manual_seed(1)
         for name, parameter in learner.model.named_parameters():
             if "lora_B" in name:
-                parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
+                drawn = torch.randn(parameter.shape, generator=generator) * 0.1
+                if over is not None:
+                    drawn = distribute_tensor(drawn, parameter.device_mesh, parameter.placements)
+                parameter.data.copy_(drawn)
         return learner
 
     def plain(self, learner: Learner, scratch: Path) -> torch.nn.Module:
@@ -253,7 +261,8 @@ class Run:
     ) -> Loop:
         ranks = ranks or Ranks(0, 1, CPU)
         precision = Precision.choose(config.precision, CPU)
-        learner = self.tiny.learner(dtype=precision.dtype)
+        over = ranks_to_shard_over(config, ranks)
+        learner = self.tiny.learner(dtype=precision.dtype, over=over)
         loss = CausalLoss(learner.network, compute_dtype=precision.dtype)
         return Loop(
             leg=self.leg(ranks),
@@ -264,6 +273,7 @@ class Run:
             loss=wrap(loss),
             train=train,
             dev=dev or Samples([]),
+            sharded=learner.sharded,
             **({"environment": environment_of(ranks)} | options),
         )
 

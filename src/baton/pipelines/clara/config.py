@@ -71,6 +71,7 @@ class ClaraTrain(TrainConfig):
         tokens_per_micro_batch: not set by hand; it follows from `micro_batch`.
     """
 
+    sharding: Literal["none"] = "none"
     epochs: Annotated[float, between(0, 10_000)] = 1.0
     batch_samples: Annotated[int, at_least(0)] = 0
     micro_batch: Annotated[int, at_least(0)] = 0

@@ -23,7 +23,7 @@ from baton.train.config import AdapterConfig, ModelConfig
 from baton.train.layers import compile_layers, recompute_within
 from baton.train.learner import Learner
 from baton.train.stacked import stack_projections
-from baton.train.state import save_tensors
+from baton.train.tensor_files import save_tensors
 
 ENCODER, DECODER, REASONER = "encoder", "decoder", "query_reasoner"
 ROLES: Mapping[str, tuple[str, ...]] = {

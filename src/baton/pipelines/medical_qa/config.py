@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from baton.data.config import DataConfig
 from baton.eval.config import EvalConfig
-from baton.train.config import AdapterConfig, ModelConfig, TrainConfig
+from baton.train.config import AdapterConfig, ModelConfig, TrainConfig, require_shardable
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,3 +18,6 @@ class MedicalQA:
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
+
+    def __post_init__(self) -> None:
+        require_shardable(self.train, self.adapter)

@@ -69,6 +69,7 @@ class ProblemData(SourceConfig):
 class SftConfig(TrainConfig):
     """Supervised fine-tuning on the problems: batch 1, accumulated 8 times, in the guide."""
 
+    sharding: Literal["none"] = "none"
     max_steps: Annotated[int, at_least(1)] | None = 200
     batch_samples: Annotated[int, at_least(1)] = 8
     warmup_steps: Annotated[int, at_least(0)] | None = 10
@@ -123,6 +124,7 @@ class GrpoConfig(TrainConfig):
         best_problems: how many those are.
     """
 
+    sharding: Literal["none"] = "none"
     max_steps: Annotated[int, at_least(1)] | None = 100
     tokens_per_micro_batch: Annotated[int, at_least(1)] = 8192
     learning_rate: Annotated[float, between(0, 10)] = 5e-6
@@ -208,6 +210,7 @@ class DistillConfig(TrainConfig):
         attempts: how often the teacher is asked for an answer that can be read.
     """
 
+    sharding: Literal["none"] = "none"
     teacher: OpenAITeacher | SympyTeacher
     max_steps: Annotated[int, at_least(1)] | None = 80
     batch_samples: Annotated[int, at_least(1)] = 4

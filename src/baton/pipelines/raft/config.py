@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from baton.config.decode import Count, at_least, between
 from baton.eval.config import EvalConfig, GenerateConfig
-from baton.train.config import AdapterConfig, ModelConfig, TrainConfig
+from baton.train.config import AdapterConfig, ModelConfig, TrainConfig, require_shardable
 
 AbsentTarget = Literal["shown", "oracle"]
 
@@ -58,3 +58,6 @@ class Raft:
     eval: EvalConfig = field(
         default_factory=lambda: EvalConfig(generate=GenerateConfig(max_new_tokens=1024))
     )
+
+    def __post_init__(self) -> None:
+        require_shardable(self.train, self.adapter)

@@ -63,6 +63,7 @@ class T5TrainConfig(TrainConfig):
         low_memory: read little ahead, pin no memory, give back what was read; same results.
     """
 
+    sharding: Literal["none"] = "none"
     batch_size: Annotated[int, at_least(1)] = 32
     accumulation: Annotated[int, at_least(1)] = 2
     gpus: Annotated[int, at_least(1)] = 3
