@@ -54,7 +54,7 @@ def draw_curves(heading: Heading, results: Sequence[Result]) -> Drawing:
                 axes.set_ylabel("loss")
             if index >= len(shown) - columns:
                 axes.set_xlabel("step")
-        _share_loss_axis(frame.axes[0], shown)
+        share_loss_axis(frame.axes[0], shown)
         return Drawing(
             png=frame.png(),
             alt=f"Train and dev loss over steps of {len(shown)} tasks",
@@ -95,7 +95,8 @@ def _steps(step: float, _: object) -> str:
     return f"{step / 1000:g}k" if step >= 10_000 else f"{step:g}"
 
 
-def _share_loss_axis(axes: Axes, shown: Sequence[Result]) -> None:
+def share_loss_axis(axes: Axes, shown: Sequence[Result]) -> None:
+    """Make the losses' axis logarithmic where they span more than a decade."""
     losses = [
         float(loss)
         for result in shown
@@ -103,7 +104,13 @@ def _share_loss_axis(axes: Axes, shown: Sequence[Result]) -> None:
         for loss in curve[:, 1]
     ]
     if min(losses) > 0 and max(losses) > 12 * min(losses):
+        from matplotlib.ticker import LogLocator
+
         axes.set_yscale("log")
+        # The usual labels are formulas (10^0), and a $ is a $ in our figures.
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter("")
     else:
         axes.margins(y=0.08)
 
