@@ -1,11 +1,12 @@
 """A hundred real questions that a small model learns by heart, through all three stages.
 
-    python bench/clara_learns.py --rows clara_stage1_600.jsonl [--folder runs/bench_clara]
+    python bench/clara_learns.py --rows clara_stage1_600.jsonl [--folder FOLDER] [--seed 1]
 
 The model is trained from scratch: first as a plain language model on the texts of the rows, then
 by clara. Rows of stages 2 and 3 are made of the rows of stage 1. Prints F1, exact match and
-recall@1 over the very rows that were trained on, and how the losses of the stages went; set
-OMP_NUM_THREADS=1 to get the same figures again.
+recall@1 over the very rows that were trained on, how the losses of the stages went, and where
+`baton collect` drew them; ends in 1 where F1 or recall@1 is below 0.95. Set OMP_NUM_THREADS=1 to
+get the same figures again.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from baton.train.base import train_tokenizer
 
 # Of 112 rows a tenth is held out: 100 are learnt.
 DOCUMENTS, ROWS, CANDIDATES = 23, 112, 5
+LEAST = 0.95
 SIZE = {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 3}
 EXPERIMENT = """\
 pipeline: clara
@@ -37,7 +39,7 @@ data:
   stage3: FOLDER/rows/stage3.jsonl
   test: FOLDER/test.jsonl
   held_out: 0.1
-adapter: {r: 64, alpha: 128, dropout: 0.0}
+adapter: {r: 64, alpha: 128, dropout: 0.0, targets: [q_proj, k_proj, v_proj, o_proj]}
 stage1:
   max_length: 512
   train: &train {epochs: 120, batch_samples: 16, micro_batch: 16, learning_rate: 2e-3,
@@ -46,13 +48,15 @@ stage2:
   max_length: 192
   top_k: 1
   init_decoder: stage1
-  train: {epochs: 30, batch_samples: 16, micro_batch: 16, learning_rate: 1e-3,
+  train: {epochs: 60, batch_samples: 16, micro_batch: 16, learning_rate: 1e-3,
     eval_every_steps: 100000, save_every_steps: 1000, log_every_steps: 10}
 stage3:
   max_length: 192
   top_k: 1
   temperature: 0.3             # at 0.02 the choices of so small a model are settled already
-  train: {max_steps: 450, batch_samples: 16, micro_batch: 16, learning_rate: 5e-4,
+  # The answers are there from stage 2. Steps beyond those that the choice needs undo it: with the
+  # loss at its floor nothing holds it, and the rate moves it about.
+  train: {max_steps: 150, batch_samples: 16, micro_batch: 16, learning_rate: 5e-4,
     schedule: cosine, min_lr_ratio: 0.02,
     eval_every_steps: 100000, save_every_steps: 1000, log_every_steps: 10}
 eval: {generate: {max_new_tokens: 48, batch_size: 50}, bootstrap_resamples: 100, systems: [clara]}
@@ -123,30 +127,40 @@ def _pretrain(rows: list[dict[str, Any]], folder: Path, *, steps: int = 300) -> 
     tokenizer.save_pretrained(folder)
 
 
-def report(folder: Path) -> None:
-    """Scores and losses of the finished task."""
+def report(folder: Path) -> bool:
+    """Print scores and losses of the finished task; returns whether they are high enough."""
     [task] = (folder / "runs").glob("fit/*/tasks/fit")
     record = json.loads((task / "eval" / "eval.json").read_bytes())
-    for score in record["scores"]:
-        if score["column"] in ("f1", "exact_match", "recall_at_k"):
-            print(f"{score['name']}: {score['value']:.3f} of {score['n']} questions")
+    scores = {score["column"]: score for score in record["scores"]}
+    for column in ("f1", "exact_match", "recall_at_k"):
+        score = scores[column]
+        print(f"{score['name']}: {score['value']:.3f} of {score['n']} questions")
     for stage in ("stage1", "stage2", "stage3"):
         lines = (task / stage / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-        losses = [json.loads(line)["loss"] for line in lines if "loss" in line]
+        logged = [json.loads(line) for line in lines]
+        losses = [values["loss"] for values in logged if "loss" in values]
         print(f"{stage}: loss {losses[0]:.2f} to {losses[-1]:.2f}")
+    return all(scores[column]["value"] >= LEAST for column in ("f1", "recall_at_k"))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rows", type=Path, required=True, help="rows of stage 1")
     parser.add_argument("--folder", type=Path, default=Path("runs/bench_clara"))
+    parser.add_argument("--seed", type=int, default=42, help="of adapters, data order and dropout")
     args = parser.parse_args()
     folder = args.folder.resolve()
     folder.mkdir(parents=True, exist_ok=True)
     path = write(args.rows, folder)
-    store = ["--store", str(folder / "runs")]
-    subprocess.run([sys.executable, "-m", "baton", "submit", str(path), *store], check=True)
-    report(folder)
+    baton = [sys.executable, "-m", "baton"]
+    seeds = [f"--set=stage{number}.train.seed={args.seed}" for number in (1, 2, 3)]
+    where = [*seeds, "--store", str(folder / "runs")]
+    subprocess.run([*baton, "submit", str(path), *where], check=True)
+    subprocess.run(
+        [*baton, "collect", str(path), *where, "--out", str(folder / "results")], check=True
+    )
+    if not report(folder):
+        raise SystemExit(f"below {LEAST}")
 
 
 if __name__ == "__main__":

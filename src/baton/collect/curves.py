@@ -54,7 +54,7 @@ def draw_curves(heading: Heading, results: Sequence[Result]) -> Drawing:
                 axes.set_ylabel("loss")
             if index >= len(shown) - columns:
                 axes.set_xlabel("step")
-        _share_loss_axis(frame.axes[0], shown)
+        share_loss_axis(frame.axes[0], shown)
         return Drawing(
             png=frame.png(),
             alt=f"Train and dev loss over steps of {len(shown)} tasks",
@@ -95,7 +95,8 @@ def _steps(step: float, _: object) -> str:
     return f"{step / 1000:g}k" if step >= 10_000 else f"{step:g}"
 
 
-def _share_loss_axis(axes: Axes, shown: Sequence[Result]) -> None:
+def share_loss_axis(axes: Axes, shown: Sequence[Result]) -> None:
+    """Make the losses' axis logarithmic where they span more than a decade."""
     losses = [
         float(loss)
         for result in shown

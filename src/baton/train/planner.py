@@ -68,8 +68,8 @@ class Planner:
             tokens=self.tokens or _rounded(self.longest),
             recompute_layers=self._or(self.layers),
         )
-        if self.tokens is not None and self.recompute_layers is not None:
-            return smallest
+        if self.tokens is not None:
+            return smallest if self.recompute_layers is not None else self._given(self.tokens)
         bytes_of = self._fitted()
         if bytes_of is None:
             return smallest
@@ -89,6 +89,19 @@ class Planner:
         # The fewest passes as well, in case they cost more than the formula believes.
         largest = max(candidates, key=lambda plan: plan.tokens)
         return self._fastest(list(dict.fromkeys([*candidates[:_TIMED], largest])))
+
+    def _given(self, tokens: int) -> MemoryPlan:
+        """The fewest recomputing layers, in quarters of all, with which a given size fits.
+
+        That size is tried itself: where micro-batches are cut by samples, what they take does not
+        follow from what smaller ones took.
+        """
+        for quarter in range(4):
+            plan = MemoryPlan(tokens=tokens, recompute_layers=quarter * self.layers // 4)
+            trial = self._tried(plan)
+            if trial is not None and trial.peak + self.later <= self.limit:
+                return plan
+        return MemoryPlan(tokens=tokens, recompute_layers=self.layers)
 
     def _fastest(self, candidates: list[MemoryPlan]) -> MemoryPlan:
         trials = [(self._tried(plan), plan) for plan in candidates]
@@ -136,8 +149,6 @@ class Planner:
 
     def _sizes(self) -> list[int]:
         """Sizes that cut the step into 1, 2, 3, … even parts, the largest first."""
-        if self.tokens is not None:
-            return [self.tokens]
         sizes = {
             _rounded(self.step_tokens / parts)
             for parts in (*range(1, 9), 10, 12, 16, 20, 24, 32, 48, 64, 96, 128)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -97,6 +98,12 @@ def test_defaults_are_the_papers() -> None:
     assert config(until="stage2", eval={"generate": {"max_new_tokens": 9}}).eval.generate == (
         decode(type(task.eval.generate), {"max_new_tokens": 9})
     )
+
+
+def test_an_adapter_keeps_the_defaults_that_are_not_overridden() -> None:
+    whole = config().adapter
+    assert replace(whole, r=8) == config(adapter={"r": 8}).adapter
+    assert (whole.method, whole.alpha) == ("lora", 32)
 
 
 def test_three_steps_with_one_of_warm_up_use_these_rates() -> None:

@@ -11,11 +11,13 @@ import warnings
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from PIL import Image
 
 from baton.collect import collect
 from baton.collect.axes import matrix_of
 from baton.collect.compare import NO_DIFFERENCE, marks, paired_comparisons
+from baton.collect.curves import share_loss_axis
 from baton.collect.figure import style
 from baton.collect.gather import gather
 from baton.collect.plots import plain_powers
@@ -647,6 +649,18 @@ def test_scores_taken_with_the_dev_loss_are_read_and_drawn_beside_it(tmp_path):
         lab.collect()
         pictures.append((lab.out / "loss_curves.png").read_bytes())
     assert pictures[0] != pictures[1]
+
+
+def test_losses_over_more_than_a_decade_have_plain_numbers_at_their_axis(tmp_path):
+    lab = Lab(tmp_path, METHODS)
+    curve = [[10, 4.0], [20, 0.1]]
+    lab.finish("lora", [entry(0.5)], loss_curve=curve, dev_curve=[[20, 0.3]])
+    axes = Figure().subplots()
+    axes.plot(*zip(*curve, strict=True))
+    share_loss_axis(axes, lab.gather())
+    labels = {label.get_text() for label in axes.get_yticklabels(which="both")}
+    assert labels >= {"0.1", "0.2", "0.5", "1", "2", "5"}
+    assert not any("$" in label for label in labels)
 
 
 def test_curves_are_left_out_without_reading_them_and_nothing_else_changes(tmp_path):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from baton.train.planner import MemoryPlan, Planner, Trial
@@ -70,6 +72,22 @@ def test_what_the_configuration_gives_is_kept():
     assert choose(device, recompute_layers=0).recompute_layers == 0
     plan = choose(device, tokens=5000, recompute_layers=LAYERS)
     assert plan == MemoryPlan(tokens=5000, recompute_layers=LAYERS)
+
+
+@pytest.mark.parametrize(
+    ("limit", "layers"), [(29_000, 0), (25_000, 9), (20_000, 18), (16_000, 27), (14_000, LAYERS)]
+)
+def test_a_given_size_is_tried_itself_and_recomputes_no_more_than_it_must(limit, layers):
+    class BySamples(Device):
+        """A micro-batch is whole samples of 900 tokens, each counted as one at its fullest."""
+
+        def bytes(self, plan):
+            samples = max(1, plan.tokens // 2300)
+            return super().bytes(replace(plan, tokens=900 * samples))
+
+    device = BySamples(limit=limit, a_token=12.0)
+    plan = choose(device, tokens=4600, longest=900, step_tokens=7200)
+    assert plan == MemoryPlan(tokens=4600, recompute_layers=layers)
 
 
 def test_the_longest_sample_must_fit_too():
