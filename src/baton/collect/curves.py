@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from baton.collect.figure import COLOURS, MARKERS, QUIET, Frame, Text, lighter, style
 from baton.collect.gather import TASKS_WITH_CURVES, Result
-from baton.collect.plots import Drawing, Heading, renamed
+from baton.collect.plots import Drawing, Heading, plain_powers, renamed
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -103,7 +103,7 @@ def _share_loss_axis(axes: Axes, shown: Sequence[Result]) -> None:
         for loss in curve[:, 1]
     ]
     if min(losses) > 0 and max(losses) > 12 * min(losses):
-        axes.set_yscale("log")
+        plain_powers(axes)
     else:
         axes.margins(y=0.08)
 

@@ -92,3 +92,14 @@ def plain_numbers(axes: Axes) -> None:
         plain = ScalarFormatter(useOffset=False)
         plain.set_scientific(False)
         axes.yaxis.set_major_formatter(plain)
+
+
+def plain_powers(axes: Axes) -> None:
+    """A logarithmic y axis with plain numbers: matplotlib writes powers as formulas of TeX."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    axes.set_yscale("log")
+    low, high = axes.get_ylim()
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 200 * low else (1,)))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter(NullFormatter())

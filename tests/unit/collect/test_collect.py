@@ -16,7 +16,9 @@ from PIL import Image
 from baton.collect import collect
 from baton.collect.axes import matrix_of
 from baton.collect.compare import NO_DIFFERENCE, marks, paired_comparisons
+from baton.collect.figure import style
 from baton.collect.gather import gather
+from baton.collect.plots import plain_powers
 from baton.collect.quick import read_eval_record
 from baton.collect.report import render
 from baton.collect.table import csv_bytes, summary_rows
@@ -384,6 +386,23 @@ def test_one_size_of_several_is_drawn_without_a_warning(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert len(lab.collect().missing) == 2
+
+
+@pytest.mark.parametrize(
+    ("limits", "labels"),
+    [((0.6, 9.0), {"1", "2", "5"}), ((0.01, 9.0), {"0.01", "0.1", "1"})],
+)
+def test_a_logarithmic_axis_has_plain_numbers(limits, labels):
+    from matplotlib.figure import Figure
+
+    with style():
+        axes = Figure().subplots()
+        axes.set_ylim(*limits)
+        plain_powers(axes)
+        ticks = axes.get_yticklabels() + axes.get_yticklabels(minor=True)
+        low, high = limits
+        texts = {tick.get_text() for tick in ticks if low <= tick.get_position()[1] <= high}
+    assert texts - {""} == labels
 
 
 def test_names_that_the_font_of_the_plots_lacks_are_numbered_and_explained(tmp_path):
