@@ -15,7 +15,6 @@ import argparse
 import json
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 EXPERIMENT = """\
@@ -65,12 +64,10 @@ def main() -> None:
     path = args.store / f"{name}.yaml"
     path.write_text(experiment(args), encoding="utf-8")
     options = ["--store", str(args.store), *(word for each in args.set for word in ("--set", each))]
-    started = time.monotonic()
     baton("run", str(path), "--task", name, *options)
-    seconds = time.monotonic() - started
     # The newest, where the store has runs of other settings.
     found = args.store.glob(f"**/tasks/{name}/eval/eval.json")
-    show(max(found, key=lambda file: file.stat().st_mtime), seconds)
+    show(max(found, key=lambda file: file.stat().st_mtime))
     baton("collect", str(path), "--out", str(args.store / "report"), *options)
 
 
@@ -93,14 +90,14 @@ def baton(*words: str) -> None:
     subprocess.run([sys.executable, "-m", "baton", *words], check=True)
 
 
-def show(file: Path, seconds: float) -> None:
+def show(file: Path) -> None:
     """The curves of a finished task, its best step, its score and some answers."""
     record = json.loads(file.read_bytes())
     training, bleu = record["training"], dict(record["dev_scores"]["dev_bleu"])
-    losses = dict(record["train_curve"])
+    losses = {row[0]: row[1] for row in record["loss_curve"]}
     print(
         f"{training['total_parameters']:,} parameters, {training['samples']:,} samples,"
-        f" {seconds:.0f} s in all; best step {training['best_step']}"
+        f" {training['seconds']:.0f} s of training; best step {training['best_step']}"
     )
     print(f"{'step':>6} {'train loss':>11} {'dev loss':>9} {'dev BLEU':>9}")
     for step, loss in record["dev_curve"]:

@@ -140,7 +140,7 @@ def _encoded(encoder: PairEncoder, rows: Iterable[Row]) -> Iterator[EncodedPairs
     the cores of training.
     """
     pairs = ((row.values["prompt"], row.values["response"]) for row in rows)
-    threads = min(_THREADS, len(os.sched_getaffinity(0)))
+    threads = min(_THREADS, os.cpu_count() or 1)
     waiting: deque[Future[EncodedPairs]] = deque()
     with ThreadPoolExecutor(threads) as encoding:
         while batch := list(itertools.islice(pairs, _BATCH_ROWS)):
