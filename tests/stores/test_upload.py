@@ -72,3 +72,13 @@ def test_a_leg_that_finds_unsent_ones_sends_the_oldest_first(
 def test_without_a_best_the_newest_is_enough(s3: Far, mirror: Mirror, tmp_path: Path) -> None:
     save(mirror, tmp_path, 2, 4, 6)
     assert send(mirror, s3, Retention(keep_last=2)) == [6]
+
+
+def test_a_leg_does_not_send_what_the_store_is_past(
+    s3: Far, mirror: Mirror, tmp_path: Path
+) -> None:
+    """A machine that had the task long ago still has checkpoints that were let go since."""
+    save(mirror, tmp_path, 6, 8)
+    assert send(mirror, s3, None) == [6, 8]
+    save(mirror, tmp_path, 2, 4)
+    assert send(mirror, s3, None) == []

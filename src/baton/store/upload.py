@@ -184,13 +184,17 @@ class Uploader:
             if not missing:
                 continue
             retention = self._retention.get(prefix)
+            is_finished = prefix.partition("/")[0] in finished
             if retention is None:
-                return prefix, missing[0]
+                # What is older than the store's newest has been there, or was let go.
+                newer = [step for step in missing if is_finished or not there or step > there[-1]]
+                if newer:
+                    return prefix, newer[0]
+                continue
             if retention.best in missing:
                 return prefix, retention.best
             if not there or missing[-1] > there[-1]:
                 return prefix, missing[-1]
-            is_finished = prefix.partition("/")[0] in finished
             for step in reversed(missing):
                 if is_finished or retention.keeps(step):
                     return prefix, step
