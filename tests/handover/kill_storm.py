@@ -43,7 +43,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from far import Far, far_store
 from lab import EXPERIMENT, Lab, Task, differences
-from zygote import Leg, Zygote
+from zygote import Hung, Leg, Zygote
 
 from baton.legs import NO_PROGRESS_LEGS
 from baton.pipelines import PIPELINES
@@ -387,7 +387,12 @@ def storm_one(
             if runs.barren_legs >= BARREN_LEGS:
                 blow = late_blow(rng)
         log = folder / f"leg-{number:03d}.txt"
-        status, kind = _leg(lab, task, blow, log)
+        try:
+            status, kind = _leg(lab, task, blow, log)
+        except Hung as error:
+            tally.unresumable.append(where)
+            print(f"FAILED {where}: {error}", flush=True)
+            return
         runs.note_leg(task)
         if status == 0:
             break
@@ -499,7 +504,9 @@ def _check(task: Task, blow: Blow, status: int, log: Path, tally: Tally) -> None
         record = task.legs()[-1]
         if lost:
             problems.append(f"handed over, but {lost} steps are lost")
-        if task.url and record["durable_step"] != record["to_step"] and not record["not_stored"]:
+        # One that only evaluated may have sent what an earlier one had trained.
+        unsent = record["to_step"] not in (None, record["durable_step"])
+        if task.url and unsent and not record["not_stored"]:
             problems.append("handed over, its last step is not stored, and the record is silent")
         if record["state"] != "handed_over" or record["exit_status"] != 75:
             problems.append(f"exit status 75, its record says {record['state']}")
