@@ -22,7 +22,6 @@ from s3 import BUCKET, S3Server, s3_server
 from baton.pipelines import PIPELINES
 from baton.place import Place
 from baton.record import Plan
-from baton.store.checkpoint import Checkpoints
 from baton.store.mirror import Mirror
 
 KINDS = ("s3", "hub")
@@ -61,13 +60,23 @@ class Far:
         plan = Plan.from_json(task.plan.read_bytes(), where=str(task.plan))
         mirror = self.mirror(task, folder)
         mirror.pull(PIPELINES[plan.pipeline]().stage_names)
-        prefix = "train/checkpoints"
-        here = Checkpoints(mirror.local, prefix, 0, lambda: None, lambda: "")
-        for step in mirror.archive(prefix).steps():
-            mirror.bring_checkpoint(here, step)
+        mirror.bring_checkpoints()
         target = folder / plan.experiment / plan.digest / "plan.json"
         target.write_bytes(task.plan.read_bytes())
         return Task(folder, target, task.name)
+
+    def forget(self, url: str) -> None:
+        """Remove all that lies at one place of the store: a storm needs no more and more of it."""
+        if self.s3 is not None:
+            client: Any = self.s3.client()
+            prefix = f"{url.removeprefix(f's3://{BUCKET}/')}/"
+            pages = client.get_paginator("list_objects_v2").paginate(Bucket=BUCKET, Prefix=prefix)
+            for key in [found["Key"] for page in pages for found in page.get("Contents", ())]:
+                # One by one: Ceph wants an MD5 of a list, which boto3 sends no more.
+                client.delete_object(Bucket=BUCKET, Key=key)
+            return
+        assert self.hub is not None
+        self.hub.repositories.pop(("model", url.removeprefix("hf://models/")), None)
 
     def keys(self, task: Task, step: int) -> dict[str, str]:
         """Where each file of a remote checkpoint lies, by the file's name."""

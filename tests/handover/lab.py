@@ -17,6 +17,7 @@ from typing import Any
 from zygote import LEG_SECONDS, Leg, Zygote
 
 from baton.config.home import scratch_folder
+from baton.store.task_names import position_of
 
 HERE = Path(__file__).parent
 REPOSITORY = HERE.parents[1]
@@ -65,9 +66,13 @@ class Task:
     @property
     def stages(self) -> tuple[str, ...]:
         """Its training stages, in order."""
+        return self._pipeline.training_stages
+
+    @property
+    def _pipeline(self) -> Any:
         from baton.pipelines import PIPELINES
 
-        return PIPELINES[json.loads(self.plan.read_bytes())["pipeline"]]().training_stages
+        return PIPELINES[json.loads(self.plan.read_bytes())["pipeline"]]()
 
     @property
     def stage(self) -> str:
@@ -102,11 +107,14 @@ class Task:
         lines = (self.folder / "train" / "metrics.jsonl").read_text().splitlines()
         return [json.loads(line) for line in lines]
 
-    def position(self) -> tuple[int, int, int]:
-        """How much is durable: stages done, newest step, shards answered."""
-        done = len(list(self.folder.glob("*/done.json")))
-        shards = len(list(self.folder.glob("*/shards/*")))
-        return done, max(self.steps(), default=-1), shards
+    def position(self) -> list[int]:
+        """How much of it is durable here, as the records of legs say it."""
+        # `rglob` fails where a leg at work removes a folder; `walk` goes on.
+        folders = (
+            (Path(at).relative_to(self.folder), files) for at, _, files in os.walk(self.folder)
+        )
+        names = [(at / name).as_posix() for at, files in folders for name in files]
+        return position_of(names, self._pipeline.stage_names)
 
     def copy_to(self, store: Path) -> Task:
         """The same task in another store, with all that was done so far."""

@@ -79,7 +79,7 @@ class Leg:
 
     def __init__(self, connection: socket.socket, log: Path) -> None:
         self._connection = connection
-        self._lines = connection.makefile("r", encoding="utf-8")
+        self._received = b""
         self.log = log
         self.pid = int(self._read()["pid"])
         self.status: int | None = None
@@ -98,14 +98,14 @@ class Leg:
 
     def poll(self) -> int | None:
         """The exit status if the leg has ended; negative is the signal that ended it."""
-        if self.status is None and select.select([self._connection], [], [], 0)[0]:
+        if self.status is None and self._has_answer(0):
             self._ended(self._read())
         return self.status
 
     def wait(self, timeout: float = LEG_SECONDS) -> int:
         """Wait for the end. Raises `Hung` with the tail of the log."""
         if self.status is None:
-            if not select.select([self._connection], [], [], timeout)[0]:
+            if not self._has_answer(timeout):
                 self.kill(signal.SIGKILL)
                 raise Hung(f"leg {self.pid} still ran after {timeout:.0f} s:\n{self.text[-2000:]}")
             self._ended(self._read())
@@ -120,10 +120,17 @@ class Leg:
     def _ended(self, answer: dict[str, Any]) -> None:
         self.status = int(answer["status"])
 
+    def _has_answer(self, timeout: float) -> bool:
+        """Is there one? It may have come together with the one before."""
+        return bool(self._received or select.select([self._connection], [], [], timeout)[0])
+
     def _read(self) -> dict[str, Any]:
-        line = self._lines.readline()
-        if not line:
-            raise ConnectionError("the zygote is gone")
+        while b"\n" not in self._received:
+            data = self._connection.recv(65536)
+            if not data:
+                raise ConnectionError("the zygote is gone")
+            self._received += data
+        line, _, self._received = self._received.partition(b"\n")
         answer: dict[str, Any] = json.loads(line)
         return answer
 

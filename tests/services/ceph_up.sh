@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Start a real Ceph with its S3 gateway on this machine, as root: ceph_up.sh FOLDER [PORT]
-# One monitor, one OSD that keeps everything in memory, one gateway on 127.0.0.1:PORT.
+# One monitor, one OSD that keeps everything in memory (up to 8 GiB), one gateway on 127.0.0.1:PORT.
 # Access key `test`, secret key `testsecret`. ceph_down.sh FOLDER stops it.
 set -euo pipefail
 folder=${1:?a folder for its state}
@@ -40,7 +40,7 @@ mon data = $folder/mon
 mon addr = 127.0.0.1:$monitor
 [osd.0]
 osd objectstore = memstore
-memstore device bytes = 4294967296
+memstore device bytes = 8589934592
 osd data = $folder/osd
 osd op threads = 2
 osd class update on start = false
@@ -51,6 +51,8 @@ rgw data = $folder/rgw
 rgw enable usage log = false
 rgw enable ops log = false
 rgw run sync thread = false
+rgw gc obj min wait = 1
+rgw gc processor period = 10
 rgw dns name = 127.0.0.1
 CONF
 export CEPH_CONF="$folder/ceph.conf"

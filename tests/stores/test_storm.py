@@ -14,7 +14,8 @@ KILLS = 15
 @pytest.mark.parametrize("seed", [1, 2])
 def test_random_kills_and_faults_change_nothing(zygote: Zygote, far: Far, seed: int) -> None:
     names = ("lora", "full") if seed == 1 else ("qlora", "lora_fp16")
-    tally = kill_storm.storm(KILLS, seed=seed, parallel=1, names=names, zygote=zygote, far=far)
+    tally = kill_storm.Tally(wanted=KILLS)
+    kill_storm.storm(tally, seed=seed, jobs=1, names=names, zygote=zygote, far=far)
     assert tally.is_clean, tally
     assert tally.kills >= KILLS
     assert tally.compared >= 1

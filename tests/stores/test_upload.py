@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import time
 from pathlib import Path
 
 import pytest
@@ -49,7 +50,8 @@ def send(mirror: Mirror, s3: Far, retention: Retention | None) -> list[int]:
     if retention is not None:
         uploader.saved(PREFIX, retention)
     uploader.start()
-    assert uploader.finish(deadline=lambda: None) == []
+    until = time.monotonic() + 30
+    assert uploader.finish(deadline=lambda: until) == []
     uploader.close()
     asked = [path for method, path, _ in s3.proxy.log if method == "PUT"]
     found = (re.search(r"step-(\d+)/manifest\.json", path) for path in asked)
@@ -72,3 +74,26 @@ def test_a_leg_that_finds_unsent_ones_sends_the_oldest_first(
 def test_without_a_best_the_newest_is_enough(s3: Far, mirror: Mirror, tmp_path: Path) -> None:
     save(mirror, tmp_path, 2, 4, 6)
     assert send(mirror, s3, Retention(keep_last=2)) == [6]
+
+
+def test_a_leg_does_not_send_what_the_store_is_past(
+    s3: Far, mirror: Mirror, tmp_path: Path
+) -> None:
+    """A machine that had the task long ago still has checkpoints that were let go since."""
+    save(mirror, tmp_path, 6, 8)
+    assert send(mirror, s3, None) == [6, 8]
+    save(mirror, tmp_path, 2, 4)
+    assert send(mirror, s3, None) == []
+
+
+def test_a_leg_that_ends_training_sends_nothing_that_is_let_go_on_arrival(
+    s3: Far, mirror: Mirror, tmp_path: Path
+) -> None:
+    """Otherwise each of two old ones takes the other's place in the store, for ever."""
+    retention = Retention(keep_last=2, best=6)
+    save(mirror, tmp_path, 6, 8)
+    assert send(mirror, s3, retention) == [6, 8]
+    save(mirror, tmp_path, 2, 4)
+    mirror.local.write("train/done.json", b"{}")
+    assert send(mirror, s3, retention) == []
+    assert "train/done.json" in mirror.stored_names()

@@ -21,6 +21,7 @@ from baton.store.base import Batch, Remote, Wanted, is_name
 from baton.store.checkpoint import MANIFEST, Checkpoints, sha256_of, verify_file
 from baton.store.local import LocalStore
 from baton.store.mirror_index import Changes, Index, Known, entries_of
+from baton.store.parallel import all_of
 from baton.store.task_names import (
     CHECKPOINT_FILE,
     DONE,
@@ -76,7 +77,9 @@ class Mirror:
         if not with_blobs:
             wanted = [entry for entry in wanted if entry.name.endswith(".json")]
         self._bring_blobs(wanted)
-        for name in sorted(plain, key=lambda name: bool(DONE.fullmatch(name))):
+        markers = [name for name in plain if DONE.fullmatch(name)]
+        all_of(self._bring, sorted({*plain} - {*markers}))
+        for name in markers:
             self._bring(name)
         if LOG in listed:
             self._join_log()
@@ -121,13 +124,12 @@ class Mirror:
         self._pull_legs({item.name: item.size for item in self.remote.listing("legs")})
 
     def _pull_legs(self, listed: Mapping[str, int]) -> None:
-        for name in listed:
-            if not LEG.fullmatch(name):
-                continue
+        def is_known(name: str) -> bool:
+            """A leg that has ended does not change."""
             path = self.local.path(name)
-            if path.exists() and json.loads(path.read_bytes()).get("state") != "active":
-                continue  # a leg that has ended does not change
-            self._bring(name)
+            return path.exists() and json.loads(path.read_bytes()).get("state") != "active"
+
+        all_of(self._bring, [n for n in listed if LEG.fullmatch(n) and not is_known(n)])
 
     def _bring(self, name: str) -> None:
         self.local.write(name, self.remote.read(name))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sized
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -23,6 +23,10 @@ def in_parallel(
     `concurrent.futures`, the threads are daemons: a process whose grace is over must be able
     to end while a request hangs.
     """
+    # On a busy machine each thread may wait long for its turn: none that finds nothing to do, and
+    # none that is waited for when all results are there.
+    count = len(items) if isinstance(items, Sized) else None
+    workers = workers if count is None else min(workers, count)
     source, lock = enumerate(items), threading.Lock()
     is_over, is_failed = threading.Event(), threading.Event()
     room = threading.Semaphore(2 * workers)
@@ -50,7 +54,7 @@ def in_parallel(
     waiting: dict[int, tuple[R | None, BaseException | None]] = {}
     at_work, following = len(threads), 0
     try:
-        while at_work or following in waiting:
+        while following != count and (at_work or following in waiting):
             if following in waiting:
                 result, error = waiting.pop(following)
                 if error is not None:

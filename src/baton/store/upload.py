@@ -164,8 +164,8 @@ class Uploader:
         changes = self.mirror.changes()
         incomplete = []
         for stage in changes.finished_stages():
-            here, there = self.mirror.steps(f"{stage}/checkpoints")
-            if set(here) - set(there) - self._damaged:
+            prefix = f"{stage}/checkpoints"
+            if self._unsent(prefix, *self.mirror.steps(prefix)):
                 incomplete.append(stage)
         return changes.without_markers(incomplete)
 
@@ -173,28 +173,41 @@ class Uploader:
         """The checkpoint to send next: the newest, then what is kept for ever, newest first.
 
         The best goes before any newer one: whoever goes on from that, elsewhere, must find it.
-        Until the leg's first save tells which it is, the oldest goes first. All that is here of
-        a stage that is finished is sent: its marker promises them.
+        Until the leg's first save tells which it is, the oldest goes first. All that stays of a
+        stage that is finished is sent: its marker promises them.
         """
         finished = self.mirror.changes().finished_stages()
         for prefix in self.mirror.prefixes():
             here, there = self.mirror.steps(prefix)
             self._note(prefix, there)
-            missing = [step for step in here if step not in there and step not in self._damaged]
+            missing = self._unsent(prefix, here, there)
             if not missing:
                 continue
             retention = self._retention.get(prefix)
+            is_finished = prefix.partition("/")[0] in finished
             if retention is None:
-                return prefix, missing[0]
+                # What is older than the store's newest has been there, or was let go.
+                newer = [step for step in missing if is_finished or not there or step > there[-1]]
+                if newer:
+                    return prefix, newer[0]
+                continue
             if retention.best in missing:
                 return prefix, retention.best
             if not there or missing[-1] > there[-1]:
                 return prefix, missing[-1]
-            is_finished = prefix.partition("/")[0] in finished
             for step in reversed(missing):
                 if is_finished or retention.keeps(step):
                     return prefix, step
         return None
+
+    def _unsent(self, prefix: str, here: Sequence[int], there: Sequence[int]) -> list[int]:
+        """Steps to send some time, oldest first: not those that would be let go on arrival.
+
+        A machine that had the task before others did keeps checkpoints the store is past.
+        """
+        retention = self._retention.get(prefix)
+        past = retention.dropped(sorted({*here, *there})) if retention is not None else []
+        return [step for step in here if step not in {*there, *past, *self._damaged}]
 
     def _send_checkpoint(self, prefix: str, step: int) -> None:
         archive = self.mirror.archive(prefix)
