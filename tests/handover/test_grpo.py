@@ -90,11 +90,12 @@ def test_legs_killed_in_sampling_and_between_updates_change_nothing(lab: Lab) ->
 def test_a_second_signal_in_the_middle_of_sampling_leaves_the_batch_to_the_next_leg(
     lab: Lab,
 ) -> None:
-    # 800 completions, drawn for seconds; four updates on them, as elsewhere here.
+    # 800 completions, drawn for seconds; four updates on them, as elsewhere here. Two such batches.
     slow = {"grpo.max_new_tokens": "80", "grpo.prompts": "200", "grpo.batch_samples": "400"}
+    slow |= {"grpo.max_steps": "8"}
     task = task_of(lab, **slow)
     leg = lab.start(task)
-    wait_for(leg, "stage=grpo step=4/12 ")
+    wait_for(leg, "stage=grpo step=4/8 ")
     leg.kill(signal.SIGTERM)
     time.sleep(1.1)  # earlier it would count as part of the first
     leg.kill(signal.SIGUSR2)
