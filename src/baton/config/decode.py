@@ -96,6 +96,17 @@ def encode(value: Any) -> Any:
     raise TypeError(f"cannot encode {value!r}")
 
 
+def default_of(field: dataclasses.Field[Any], default: Any) -> Any:
+    """The object that stands where a key is not given; None for anything but a dataclass."""
+    if default is not None:
+        value = getattr(default, field.name)
+    elif field.default_factory is not dataclasses.MISSING:
+        value = field.default_factory()
+    else:
+        value = field.default
+    return value if dataclasses.is_dataclass(value) and not isinstance(value, type) else None
+
+
 class _Decoder:
     """Notes (line, text) of every problem; each method returns a value or `_BAD`."""
 
@@ -199,7 +210,8 @@ class _Decoder:
         }
         return _BAD if any(_BAD is each for pair in result.items() for each in pair) else result
 
-    def object(self, cls: Any, data: Any, path: KeyPath) -> Any:
+    def object(self, cls: Any, data: Any, path: KeyPath, default: Any = None) -> Any:
+        """A `cls`; what `data` does not say is as in `default`, or as `cls` has it."""
         if not isinstance(data, dict):
             return self.wrong(cls, data, path)
         hints, known = hints_of(cls), {field.name: field for field in fields_of(cls)}
@@ -214,7 +226,11 @@ class _Decoder:
                     values[near] = _BAD  # or __post_init__ would judge the default instead
         for name, field in known.items():
             if name in data:
-                values[name] = self.value(hints[name], data[name], (*path, name))
+                values[name] = self.field(
+                    hints[name], data[name], (*path, name), default_of(field, default)
+                )
+            elif default is not None:
+                values[name] = getattr(default, name)
             elif field.default is field.default_factory is dataclasses.MISSING:
                 missing = f"missing key; expected {describe(hints[name])}"
                 values[name] = self.problem((*path, name), missing)
@@ -224,6 +240,13 @@ class _Decoder:
             return cls(**values)
         except ValueError as error:
             return self.problem(path, str(error))
+
+    def field(self, kind: Any, data: Any, path: KeyPath, default: Any) -> Any:
+        """As `value`, for a key whose default may be an object with defaults of its own."""
+        members = [m for m in get_args(kind) or (kind,) if m is not types.NoneType]
+        if members == [type(default)] and isinstance(data, dict):
+            return self.object(members[0], data, path, default)
+        return self.value(kind, data, path)
 
     def union(self, kind: Any, data: Any, path: KeyPath) -> Any:
         members = get_args(kind)

@@ -402,6 +402,37 @@ def test_a_field_that_follows_from_others_is_not_a_key():
     assert refusal(Wide, {"derived": 1}).startswith("derived: unknown key; known keys: text, whole")
 
 
+@dataclass(frozen=True, kw_only=True)
+class Fork:
+    tines: int = 4
+    length: int = 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    fork: Fork = field(default_factory=lambda: Fork(tines=3))
+    spare: Fork | None = field(default_factory=lambda: Fork(length=9))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Table:
+    place: Place = field(default_factory=lambda: Place(fork=Fork(tines=2, length=5)))
+
+
+@pytest.mark.parametrize(
+    ("data", "fork", "spare"),
+    [
+        ({}, Fork(tines=2, length=5), Fork(tines=4, length=9)),
+        ({"place": {}}, Fork(tines=2, length=5), Fork(tines=4, length=9)),
+        ({"place": {"fork": {"length": 7}}}, Fork(tines=2, length=7), Fork(tines=4, length=9)),
+        ({"place": {"spare": {"tines": 1}}}, Fork(tines=2, length=5), Fork(tines=1, length=9)),
+        ({"place": {"spare": None}}, Fork(tines=2, length=5), None),
+    ],
+)
+def test_what_a_mapping_does_not_say_stays_as_the_default_around_it_has_it(data, fork, spare):
+    assert decode(Table, data).place == Place(fork=fork, spare=spare)
+
+
 def test_the_result_is_frozen():
     with pytest.raises(FrozenInstanceError):
         decode(Train, {"learning_rate": 1}).max_steps = 3  # type: ignore[misc]

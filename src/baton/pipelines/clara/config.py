@@ -58,15 +58,6 @@ class ClaraData:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ClaraAdapter(AdapterConfig):
-    """As everywhere, with the paper's numbers where one is not set."""
-
-    r: Annotated[int, at_least(1)] = 16
-    dropout: Annotated[float, between(0, 1)] = 0.1
-    targets: list[str] | Literal["all-linear"] = "all-linear"
-
-
-@dataclass(frozen=True, kw_only=True)
 class ClaraTrain(TrainConfig):
     """Training as everywhere; the micro-batch is said in samples.
 
@@ -205,7 +196,9 @@ class Clara:
     model: ModelConfig
     data: ClaraData
     memory: MemoryConfig = field(default_factory=MemoryConfig)
-    adapter: ClaraAdapter = field(default_factory=ClaraAdapter)
+    adapter: AdapterConfig = field(
+        default_factory=lambda: AdapterConfig(r=16, alpha=32, dropout=0.1, targets="all-linear")
+    )
     stage1: Stage1 = field(default_factory=Stage1)
     stage2: Stage2 = field(default_factory=Stage2)
     stage3: Stage3 = field(default_factory=Stage3)
