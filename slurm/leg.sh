@@ -294,15 +294,15 @@ missing_program() {
 # Print the plan of an experiment and its tasks. It is frozen once a job: a later leg must not take
 # up what was edited since. The record's first line is what was asked for.
 frozen_plan() {
-  local store=${BATON_STORE:-$BATON_HOME/runs} record
-  record=$store
+  local store=${BATON_STORE:-$BATON_HOME/runs} record wanted
+  record=$store wanted="$* in $store"
   if [[ $store == *://* ]]; then record=$BATON_HOME/runs; fi
   mkdir -p "$record/slurm"
   record+=/slurm/${SLURM_CLUSTER_NAME:-slurm}-${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}.txt
-  if [ ! -s "$record" ] || [ "$(head -n 1 "$record")" != "$*" ]; then
+  if [ ! -s "$record" ] || [ "$(head -n 1 "$record")" != "$wanted" ]; then
     choose_runtime "$store"
     {
-      echo "$*"
+      echo "$wanted"
       srun --ntasks=1 --nodes=1 --export=ALL --mpi=none --input=none "${step[@]}" \
         sh -c "$process" leg "${baton[@]}" freeze "$@" --store "$store"
     } >"$record.$job" || return
@@ -342,7 +342,10 @@ main() {
       stop_for_good "no task for array index $SLURM_ARRAY_TASK_ID: ${#tasks[@]} tasks (${tasks[*]})"
     fi
   fi
-  if [ ! -f "$plan" ]; then stop_for_good "there is no plan $plan"; fi
+  # From a remote store baton brings it: this node may never have had the task.
+  if [ ! -f "$plan" ] && [[ ${BATON_STORE:-} != *://* ]]; then
+    stop_for_good "there is no plan $plan"
+  fi
   if [ -z "${SLURM_NTASKS:-}" ] && [ "${SLURM_GPUS_ON_NODE:-1}" -gt 1 ]; then
     stop_for_good "one process for $SLURM_GPUS_ON_NODE GPUs a node; add --ntasks-per-node=$SLURM_GPUS_ON_NODE"
   fi

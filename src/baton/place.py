@@ -101,9 +101,13 @@ class Place:
     def find_plan(self, name: str) -> Path:
         """A frozen plan by its name in this store, `EXPERIMENT/DIGEST/plan.json`, brought here.
 
+        Its path will do, too: as a machine calls it whose copy of the store lies at this place.
+
         Raises:
             ConfigError: there is none of this name.
         """
+        if Path(name).is_relative_to(self.root):
+            name = Path(name).relative_to(self.root).as_posix()
         path = self.root / check_name(name)
         if self.remote is not None:
             with contextlib.suppress(NameMissing):

@@ -17,6 +17,7 @@ from far import Far
 from lab import Lab, Task, differences, wait_for
 from zygote import Leg
 
+from baton.config.home import scratch_folder
 from baton.store.card import CARD
 
 EXPERIMENT = "smoke/medical_qa"
@@ -96,6 +97,15 @@ def test_a_plan_that_is_not_in_the_store_is_named(lab: Lab, elsewhere: Task) -> 
     assert leg.status == 78
     assert f"there is no plan {EXPERIMENT}/00000000/plan.json" in leg.text
     assert elsewhere.url in leg.text
+
+
+def test_a_plan_is_known_by_the_path_it_has_on_another_machine(lab: Lab, elsewhere: Task) -> None:
+    environ = {**os.environ, "BATON_SCRATCH": str(elsewhere.machine)}
+    path = scratch_folder(elsewhere.url, environ) / plan_name(elsewhere)
+    assert not path.exists()
+    leg = baton(lab, elsewhere, "run", path)
+    assert leg.status == 0, leg.text
+    assert "finished already" in leg.text
 
 
 def test_the_store_is_whole_and_its_copy_too(lab: Lab, elsewhere: Task, tmp_path: Path) -> None:
