@@ -97,14 +97,16 @@ def encode(value: Any) -> Any:
 
 
 def default_of(field: dataclasses.Field[Any], default: Any) -> Any:
-    """The object that stands where a key is not given; None for anything but a dataclass."""
-    if default is not None:
-        value = getattr(default, field.name)
-    elif field.default_factory is not dataclasses.MISSING:
-        value = field.default_factory()
-    else:
-        value = field.default
-    return value if dataclasses.is_dataclass(value) and not isinstance(value, type) else None
+    """The object that stands where a key is not given, if it is not what its class has by itself.
+
+    An object of defaults only may hold fields that follow from others, so it is made anew.
+    """
+    made: Any = field.default_factory
+    value = None if made is dataclasses.MISSING or isinstance(made, type) else made()
+    if default is not None and getattr(default, field.name) != field.default:
+        held = getattr(default, field.name)
+        value = None if isinstance(made, type) and held == made() else held
+    return value if dataclasses.is_dataclass(value) else None
 
 
 class _Decoder:
