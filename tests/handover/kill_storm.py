@@ -490,7 +490,7 @@ def _ended(leg: Leg, seconds: float) -> bool:
 
 def _check(task: Task, blow: Blow, status: int, log: Path, tally: Tally) -> None:
     """What must hold after every kill, whenever it came."""
-    text = log.read_text(errors="replace")
+    text = _text(log)
     reached = {stage: max(map(int, steps)) for stage, steps in _logged(text).items()}
     stage = next((s for s in reversed(task.stages) if s in reached), task.stages[0])
     lost = max(0, reached.get(stage, 0) - max(task.steps(stage), default=0))
@@ -532,11 +532,16 @@ def _logged(text: str) -> dict[str, list[str]]:
 def _died_unready(status: int, log: Path) -> bool:
     """Did the signal come before the command could take it, with nothing begun?"""
     unheard = (-signal.SIGTERM, -signal.SIGUSR1, -signal.SIGUSR2)
-    return status in unheard and not (log.exists() and log.read_text())
+    return status in unheard and not _text(log)
 
 
 def _tail(log: Path) -> str:
-    return "\n".join(log.read_text(errors="replace").splitlines()[-15:])
+    return "\n".join(_text(log).splitlines()[-15:])
+
+
+def _text(log: Path) -> str:
+    """A leg that is killed at once leaves not even a log."""
+    return log.read_text(errors="replace") if log.exists() else ""
 
 
 @dataclass(frozen=True)
