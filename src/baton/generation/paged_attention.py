@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import importlib.util
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +12,7 @@ from transformers import AttentionInterface
 from baton.errors import ModelError
 from baton.generation.pages import PAGE, Pages
 from baton.train.attention import packed_attention
+from baton.train.launchable import has_kernels
 
 NAME = "baton_paged"
 
@@ -110,7 +109,7 @@ def decode(
     Returns:
         `(sequences, heads, width)`.
     """
-    if query.device.type == "cuda" and _has_kernel(query.device):
+    if has_kernels(query.device):
         from baton.generation.paged_kernels import decode as kernel
 
         return kernel(query, keys, values, table, context, scale=scale, window=window)
@@ -128,10 +127,3 @@ def decode(
         enable_gqa=query.shape[1] != keys.shape[1],
     )
     return out.squeeze(2)
-
-
-@functools.cache
-def _has_kernel(device: torch.device) -> bool:
-    """Tensor cores of bfloat16, and a compiler for the kernel."""
-    has_triton = importlib.util.find_spec("triton") is not None
-    return has_triton and torch.cuda.get_device_capability(device) >= (8, 0)

@@ -7,7 +7,6 @@ from a hash of the place, so that the backward pass needs no mask.
 
 from __future__ import annotations
 
-import importlib.util
 from typing import Any
 
 import torch
@@ -16,6 +15,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from baton.train.dropout import HashDropout
+from baton.train.launchable import has_kernels
 from baton.train.layers import layers_of
 
 NAME = "baton_biased"
@@ -24,9 +24,7 @@ _WIDTHS = (16, 32, 64, 128)
 
 def can_fuse(device: torch.device, dtype: torch.dtype) -> bool:
     """Are there kernels for this device? They need Triton, Ampere and 16-bit products."""
-    if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 0):
-        return False
-    return dtype != torch.float32 and importlib.util.find_spec("triton") is not None
+    return dtype != torch.float32 and has_kernels(device)
 
 
 def fuse(network: Any) -> None:

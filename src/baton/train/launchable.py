@@ -26,6 +26,12 @@ def why_not_launched(device: torch.device) -> str:
     return ""
 
 
+@functools.cache
+def has_kernels(device: torch.device) -> bool:
+    """Do our kernels run on `device`? Their products want the tensor cores of Ampere and later."""
+    return not why_not_launched(device) and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
 def can_launch(x: torch.Tensor) -> bool:
     """Are there kernels for this tensor? They compute in 16 or 32 bits."""
-    return x.dtype.itemsize <= 4 and not why_not_launched(x.device)
+    return x.dtype.itemsize <= 4 and has_kernels(x.device)
