@@ -190,6 +190,12 @@ class Lab:
             hook=(FAULTS, hook[0], hook[1]) if hook else None,
         )
 
+    def finish_pair(self, task: Task) -> list[Leg]:
+        """A leg of two processes that ends what is left of the task."""
+        pair = self.start_pair(task)
+        assert [leg.wait() for leg in pair] == [0, 0], pair[0].text[-2000:] + pair[1].text[-2000:]
+        return pair
+
     def start_pair(
         self,
         task: Task,

@@ -16,14 +16,8 @@ pytestmark = pytest.mark.slow
 def whole(lab: Lab) -> Task:
     """The reference: two processes, not interrupted."""
     task = lab.task()
-    finish(lab, task)
+    lab.finish_pair(task)
     return task
-
-
-def finish(lab: Lab, task: Task) -> list[Leg]:
-    pair = lab.start_pair(task)
-    assert [leg.wait() for leg in pair] == [0, 0], pair[0].text[-2000:] + pair[1].text[-2000:]
-    return pair
 
 
 def assert_handed_over(pair: list[Leg], task: Task) -> None:
@@ -45,7 +39,7 @@ def test_one_signalled_process_stops_both_at_the_same_step(
     wait_for(pair[0], rf" step={step}/10 ")
     pair[rank].kill(signal.SIGTERM)
     assert_handed_over(pair, task)
-    finish(lab, task)
+    lab.finish_pair(task)
     assert_identical(task, whole)
 
 
@@ -59,7 +53,7 @@ def test_both_signalled_with_a_skew_and_several_times_stop_together(lab: Lab, wh
     pair[0].kill(signal.SIGTERM)
     pair[1].kill(signal.SIGTERM)
     assert_handed_over(pair, task)
-    finish(lab, task)
+    lab.finish_pair(task)
     assert_identical(task, whole)
 
 
@@ -78,7 +72,7 @@ def test_a_signal_to_the_second_process_in_any_phase_stops_both(
     wait_for(pair[0], pattern)
     pair[1].kill(signal.SIGTERM)
     assert_handed_over(pair, task)
-    finish(lab, task)
+    lab.finish_pair(task)
     assert_identical(task, whole)
 
 
@@ -94,7 +88,7 @@ def test_a_killed_process_takes_the_other_with_it_and_the_next_leg_resumes(
     # Without a launcher: the survivor notices the closed connection by itself.
     assert pair[1 - rank].wait(timeout=60) not in (0, 75)
     assert task.steps()[-1] == 4
-    finish(lab, task)
+    lab.finish_pair(task)
     assert_identical(task, whole)
 
 

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 from lab import EXPERIMENT, TINY, Lab, Task, assert_identical, damage, wait_for, wait_until
 from safetensors.torch import load_file
-from zygote import Leg
 
 pytestmark = pytest.mark.slow
 
@@ -27,14 +26,8 @@ SHARDS = ("shards/00000-of-00002.safetensors", "shards/00001-of-00002.safetensor
 def whole(lab: Lab) -> Task:
     """The reference: two processes, not interrupted."""
     task = lab.task(SETTINGS)
-    finish(lab, task)
+    lab.finish_pair(task)
     return task
-
-
-def finish(lab: Lab, task: Task) -> list[Leg]:
-    pair = lab.start_pair(task)
-    assert [leg.wait() for leg in pair] == [0, 0], pair[0].text[-2000:] + pair[1].text[-2000:]
-    return pair
 
 
 def test_one_signalled_process_stops_both_and_the_next_leg_has_the_same_bytes(
@@ -45,7 +38,7 @@ def test_one_signalled_process_stops_both_and_the_next_leg_has_the_same_bytes(
     wait_for(pair[0], " step=3/10 ")
     pair[1].kill(signal.SIGTERM)
     assert [leg.wait() for leg in pair] == [75, 75], pair[0].text[-2000:] + pair[1].text[-2000:]
-    finish(lab, task)
+    lab.finish_pair(task)
     assert_identical(task, whole)
 
 
@@ -59,7 +52,7 @@ def test_a_process_killed_while_both_save_costs_that_save_only(lab: Lab, whole: 
     # Without a launcher: the survivor notices the closed connection by itself.
     assert pair[0].wait(timeout=60) not in (0, 75)
     assert task.steps()[-1] in (4, 6)
-    finish(lab, task)
+    lab.finish_pair(task)
     assert_identical(task, whole)
 
 
@@ -75,7 +68,7 @@ def test_one_process_goes_on_where_two_stopped_and_two_where_it_did(lab: Lab, wh
     assert alone.wait() == 75, alone.text
     assert "nothing to shard" in alone.text
     assert "processes: 2 -> 1" in alone.text
-    finish(lab, task)
+    lab.finish_pair(task)
     ours, theirs = (load_file(t.folder / "train/final/model.safetensors") for t in (task, whole))
     # The order of sums is another one; three steps of Adam make 1e-4 of a rounding at most.
     assert all((ours[name] - tensor).abs().max() < 1e-4 for name, tensor in theirs.items())
@@ -94,7 +87,7 @@ def test_a_damaged_share_is_set_aside_and_the_older_checkpoint_used(
     for share, how in zip(SHARDS, ("flipped", "removed"), strict=True):
         task = saved.copy_to(tmp_path / how)
         damage(task.checkpoint(newest) / share, how)
-        text = finish(lab, task)[0].text
+        text = lab.finish_pair(task)[0].text
         assert f"using step-{newest - 2:06d} instead" in text
         assert Path(share).name in text
         assert_identical(task, whole)

@@ -228,9 +228,8 @@ class _Decoder:
                     values[near] = _BAD  # or __post_init__ would judge the default instead
         for name, field in known.items():
             if name in data:
-                values[name] = self.field(
-                    hints[name], data[name], (*path, name), default_of(field, default)
-                )
+                within = default_of(field, default) if isinstance(data[name], dict) else None
+                values[name] = self.field(hints[name], data[name], (*path, name), within)
             elif default is not None:
                 values[name] = getattr(default, name)
             elif field.default is field.default_factory is dataclasses.MISSING:
@@ -246,7 +245,7 @@ class _Decoder:
     def field(self, kind: Any, data: Any, path: KeyPath, default: Any) -> Any:
         """As `value`, for a key whose default may be an object with defaults of its own."""
         members = [m for m in get_args(kind) or (kind,) if m is not types.NoneType]
-        if members == [type(default)] and isinstance(data, dict):
+        if members == [type(default)]:
             return self.object(members[0], data, path, default)
         return self.value(kind, data, path)
 

@@ -8,7 +8,6 @@ import logging
 import re
 import shutil
 from collections.abc import Callable, Collection, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -16,12 +15,15 @@ from typing import Protocol
 from baton.errors import DamagedError, FencedError, NameMissing, NameTaken
 from baton.record import FileEntry, Manifest, dump_json
 from baton.store.base import Store, check_name, is_name
+from baton.store.parallel import all_of, in_parallel
 
 log = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
 SET_ASIDE = "set-aside.json"
 _STEP = re.compile(r"step-(\d{6,})")
+# Files that are read and hashed at once; hashing lets other threads run.
+_HASHING = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,9 +98,10 @@ class Checkpoints:
         """
         self.check_fence()
         paths = sorted(path for path in folder.rglob("*") if path.is_file())
-        # The shares of a sharded model are large; hashing lets other threads run.
-        with ThreadPoolExecutor(max_workers=4) as pool:
-            files = list(pool.map(lambda p: _entry(p, p.relative_to(folder).as_posix()), paths))
+        entries = in_parallel(
+            lambda path: _entry(path, path.relative_to(folder).as_posix()), paths, workers=_HASHING
+        )
+        files = list(entries)
         manifest = Manifest(
             notice=self.notice, step=step, leg=self.leg, created=self.now(), files=files
         )
@@ -172,8 +175,7 @@ class Checkpoints:
         def check(entry: FileEntry) -> None:
             verify_file(target / entry.name, entry, f"step-{step:06d}")
 
-        with ThreadPoolExecutor(max_workers=4) as pool:
-            list(pool.map(check, manifest.files))
+        all_of(check, manifest.files, workers=_HASHING)
         return manifest
 
     def everywhere(self) -> list[int]:

@@ -143,13 +143,15 @@ class Loop:
             environment=self.environment,
         )
         self.timing = Timing(first_started=self.leg.now())
-        # However many processes there are: of a plan all checkpoints are of one kind.
-        shares = ShardedState(
-            ranks=self.ranks,
-            weights=cast(SpreadWeights, self.weights),
-            optimizer=self.optimizer,
-            names=names,
-        )
+        shares: ShardedState | None = None
+        if config.sharding == "full":
+            # However many processes there are: of a plan all checkpoints are of one kind.
+            shares = ShardedState(
+                ranks=self.ranks,
+                weights=cast(SpreadWeights, self.weights),
+                optimizer=self.optimizer,
+                names=names,
+            )
         self.keeper = Keeper(
             leg=self.leg,
             ranks=self.ranks,
@@ -163,7 +165,7 @@ class Loop:
             identity=self.identity,
             environment=self.environment,
             allow_changed=self.allow_changed,
-            shares=shares if config.sharding == "full" else None,
+            shares=shares,
         )
         self.dev_set = DevSet(
             leg=self.leg,
