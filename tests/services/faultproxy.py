@@ -34,18 +34,26 @@ Headers = dict[bytes, bytes]
 
 @dataclass
 class Rule:
-    """What to do to the next `times` requests that match, after letting `skip` pass."""
+    """What to do to the next `times` requests that match, after letting `skip` pass.
+
+    `range` is sought in the header of that name: `bytes=0-` is the first part of a file.
+    """
 
     method: str
     path: str
+    range: str
     times: int
     skip: int
     action: str
     options: dict[str, Any]
     hits: int = 0
 
-    def takes(self, method: str, path: str) -> bool:
-        return bool(re.fullmatch(self.method, method) and re.search(self.path, path))
+    def takes(self, method: str, path: str, range_: str) -> bool:
+        return bool(
+            re.fullmatch(self.method, method)
+            and re.search(self.path, path)
+            and re.search(self.range, range_)
+        )
 
 
 @dataclass
@@ -83,11 +91,12 @@ class FaultProxy:
         action: str,
         method: str = ".*",
         path: str = ".*",
+        range: str = "",
         times: int = 1,
         skip: int = 0,
         **options: Any,
     ) -> Rule:
-        added = Rule(method, path, times, skip, action, options)
+        added = Rule(method, path, range, times, skip, action, options)
         with self._lock:
             self.rules.append(added)
         return added
@@ -96,10 +105,10 @@ class FaultProxy:
         with self._lock:
             self.rules.clear()
 
-    def _pick(self, method: str, path: str) -> Rule | None:
+    def _pick(self, method: str, path: str, range_: str) -> Rule | None:
         with self._lock:
             for rule in self.rules:
-                if rule.times > 0 and rule.takes(method, path):
+                if rule.times > 0 and rule.takes(method, path, range_):
                     if rule.skip > 0:
                         rule.skip -= 1
                         continue
@@ -114,7 +123,7 @@ class FaultProxy:
             while True:
                 line, headers, raw = await _head(reader)
                 method, path = (word.decode() for word in line.split(b" ")[:2])
-                rule = self._pick(method, path)
+                rule = self._pick(method, path, headers.get(b"range", b"").decode())
                 self.log.append((method, path, rule.action if rule else ""))
                 if headers.get(b"expect", b"").lower() == b"100-continue":
                     writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -57,32 +58,63 @@ def fetch_in_parts(
 
 def _fill(notes: _Notes, size: int, part_bytes: int, read: Callable[[int, int], bytes]) -> str:
     """Bring what is missing; returns the SHA-256 of all, taken while later parts arrive."""
-    done = notes.begin()
-    descriptor = os.open(notes.file, os.O_RDWR | os.O_CREAT, 0o644)
     digest = hashlib.sha256()
-    try:
-        os.truncate(descriptor, size)
+    with _Parts(notes, size) as parts:
 
         def bring(start: int) -> int:
-            if start not in done:
-                data = memoryview(read(start, min(part_bytes, size - start)))
-                place = start
-                while data:
-                    written = os.pwrite(descriptor, data, place)
-                    data, place = data[written:], place + written
+            if start not in parts.done:
+                parts.put(start, read(start, min(part_bytes, size - start)))
             return start
 
         for start in in_parallel(bring, range(0, size, part_bytes)):
-            if start not in done:
-                notes.add(start)
             end = min(start + part_bytes, size)
             for place in range(start, end, _READ_BYTES):
-                digest.update(os.pread(descriptor, min(_READ_BYTES, end - place), place))
+                digest.update(os.pread(parts.descriptor, min(_READ_BYTES, end - place), place))
             # Linux begins to write these bytes to disk now, so that fsync at the end finds few.
-            os.posix_fadvise(descriptor, start, end - start, os.POSIX_FADV_DONTNEED)
-    finally:
-        os.close(descriptor)
+            os.posix_fadvise(parts.descriptor, start, end - start, os.POSIX_FADV_DONTNEED)
     return digest.hexdigest()
+
+
+class _Parts:
+    """A file that several threads fill, and what of it was there before (`done`).
+
+    When one part fails, the others' threads are not waited for: whatever they still receive
+    after the file was closed is dropped, for its descriptor may by then be another file's.
+    """
+
+    def __init__(self, notes: _Notes, size: int) -> None:
+        self.done = notes.begin()
+        self.descriptor = os.open(notes.file, os.O_RDWR | os.O_CREAT, 0o644)
+        os.truncate(self.descriptor, size)
+        self._notes = notes
+        self._is_closed, self._writers = False, 0
+        self._change = threading.Condition()
+
+    def __enter__(self) -> _Parts:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with self._change:
+            self._is_closed = True
+            self._change.wait_for(lambda: self._writers == 0)
+        os.close(self.descriptor)
+
+    def put(self, start: int, content: bytes) -> None:
+        """Write a part in its place, then note that it is there."""
+        with self._change:
+            if self._is_closed:
+                return
+            self._writers += 1
+        try:
+            data, place = memoryview(content), start
+            while data:
+                written = os.pwrite(self.descriptor, data, place)
+                data, place = data[written:], place + written
+            self._notes.add(start)
+        finally:
+            with self._change:
+                self._writers -= 1
+                self._change.notify_all()
 
 
 class _Notes:
@@ -104,8 +136,9 @@ class _Notes:
         return set()
 
     def add(self, start: int) -> None:
-        with open(self.list, "a") as notes:
-            notes.write(f"{start}\n")
+        # One write to a file opened for appending: lines of several threads do not mix.
+        with open(self.list, "ab", buffering=0) as notes:
+            notes.write(b"%d\n" % start)
 
     def forget(self) -> None:
         for path in (self.file, self.list):

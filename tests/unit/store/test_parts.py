@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import os
 import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -78,6 +80,62 @@ def test_a_file_that_broke_off_is_gone_on_with(tmp_path: Path) -> None:
     assert 700 in asked
     assert 0 not in asked, "what was there is not asked for again"
     assert [path.name for path in tmp_path.iterdir()] == ["whole"]
+
+
+def await_that(is_so: Callable[[], bool]) -> None:
+    end = time.monotonic() + 10
+    while not is_so() and time.monotonic() < end:
+        time.sleep(0.001)
+
+
+def test_what_came_before_an_earlier_part_broke_off_is_kept(tmp_path: Path) -> None:
+    target, asked, notes = tmp_path / "f", [], tmp_path / "f.part.done"
+
+    def first_part_breaks(start: int, length: int) -> bytes:
+        if start:
+            return DATA[start : start + length]
+        await_that(lambda: len(notes.read_text().splitlines()) == 1 + 9)
+        raise OSError("the connection broke")
+
+    with pytest.raises(OSError, match="broke"):
+        fetch_in_parts(
+            target, size=1000, sha256=SHA256, what="it", read=first_part_breaks, part_bytes=100
+        )
+    fetch(target, asked)
+    assert asked == [0]
+    assert target.read_bytes() == DATA
+
+
+def test_a_part_that_comes_too_late_goes_nowhere(tmp_path: Path) -> None:
+    is_over, slow = threading.Event(), []
+
+    def one_breaks_another_hangs(start: int, length: int) -> bytes:
+        if start == 0:
+            await_that(lambda: bool(slow))
+            raise OSError("the connection broke")
+        if start == 100:
+            slow.append(threading.current_thread())
+            assert is_over.wait(10)
+        return DATA[start : start + length]
+
+    with pytest.raises(OSError, match="broke"):
+        fetch_in_parts(
+            tmp_path / "f",
+            size=1000,
+            sha256=SHA256,
+            what="it",
+            read=one_breaks_another_hangs,
+            part_bytes=100,
+        )
+    # The next files get the numbers of those that were closed.
+    others = [tmp_path / f"other-{n}" for n in range(8)]
+    files = [path.open("w+b") for path in others]
+    is_over.set()
+    slow[0].join(10)
+    for file in files:
+        file.close()
+    assert [path.stat().st_size for path in others] == [0] * 8
+    assert "100" not in (tmp_path / "f.part.done").read_text().splitlines()
 
 
 def test_parts_of_another_file_are_not_mixed_in(tmp_path: Path) -> None:
