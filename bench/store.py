@@ -40,6 +40,7 @@ LEAST_RATIO = 0.9
 MOST_STALL = 0.01
 MOST_GROWTH_BYTES = 64 * 2**20
 OBJECTS = 10_000
+STAGES = ("data", "train", "eval")
 
 
 def transfer(server: S3Server, folder: Path, megabytes: int, rounds: int) -> bool:
@@ -122,7 +123,7 @@ def dedup(_: S3Server, folder: Path) -> bool:
         staging.rmdir()
         changed = 12 * 2**20
         sent.clear()
-        uploader = Uploader(mirror=mirror, record=lambda: record)
+        uploader = Uploader(mirror=mirror, stages=STAGES, record=lambda: record)
         uploader.start()
         assert uploader.finish(deadline=lambda: None) == []
         uploader.close()
@@ -183,7 +184,7 @@ def stall(server: S3Server, folder: Path, rounds: int) -> bool:
             place = folder / f"stall-{number}"
             store = open_remote(f"s3://{BUCKET}/stall-{os.urandom(3).hex()}")
             mirror, record, checkpoints = _task(store, place)
-            uploader = Uploader(mirror=mirror, record=lambda record=record: record)
+            uploader = Uploader(mirror=mirror, stages=STAGES, record=lambda record=record: record)
             if is_sent:
                 uploader.start()
             for step in range(1, 9):

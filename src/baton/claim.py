@@ -41,7 +41,7 @@ def claim(
     record = legs.open(record)
     try:
         with saying_alive(mirror, record, legs.now):
-            mirror.pull(stages)
+            mirror.pull(stages, leg=record.number)
     except BatonError as error:
         is_stopped = isinstance(error, StoreBusy) and stop.is_set
         ended = replace(

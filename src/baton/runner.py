@@ -163,7 +163,10 @@ class TaskRunner:
 
         with self.mirror.hold(wait_seconds=_LAST_SECONDS):
             leg.uploader = self.uploader = Uploader(
-                mirror=self.mirror, record=lambda: leg.record, durable=durable
+                mirror=self.mirror,
+                stages=self.stages,
+                record=lambda: leg.record,
+                durable=durable,
             )
             self.uploader.start()
             try:

@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from pathlib import Path
 
+import pytest
 from far import Far
 from lab import Lab
 
+from baton.legs import this_runner, utc_now
 from baton.pipelines import PIPELINES
+from baton.record import LegRecord
+from baton.store.archive import is_blob
+from baton.store.base import Batch
+from baton.store.mirror import Mirror
 
 STAGES = PIPELINES["medical_qa"]().stage_names
 
@@ -44,3 +51,63 @@ def test_small_files_come_several_at_a_time(lab: Lab, s3: Far, tmp_path: Path) -
     assert time.monotonic() - started < 12
     assert slow.hits == 32
     assert [mirror.local.read(name).decode() for name in names] == names
+
+
+LARGE = b"large" * 300_000
+
+
+@pytest.mark.parametrize("content", [b"three lines\n", LARGE], ids=["small", "large"])
+def test_what_another_machine_wrote_over_is_written_again(
+    lab: Lab, far: Far, tmp_path: Path, content: bytes
+) -> None:
+    """Of two histories that end at the same place, the store must not mix the files."""
+    task = lab.task(url=far.url())
+    first, second = (far.mirror(task, tmp_path / name) for name in ("first", "second"))
+    leg = LegRecord(
+        task=task.name,
+        number=1,
+        state="active",
+        runner=this_runner(),
+        started=utc_now(),
+        position=[0, 0, 0],
+    )
+    assert content != LARGE or is_blob(first.version, len(content)) or far.kind == "hub"
+
+    def work(mirror: Mirror, number: int, **files: bytes) -> None:
+        lease = replace(leg, number=number)
+        mirror.commit(Batch(message="begins"), lease)
+        mirror.pull(STAGES, leg=number)
+        for name, data in files.items():
+            mirror.local.write(f"data/{name}", data)
+        mirror.send(mirror.changes(), lease)
+
+    work(first, 1, it=content, other=b"the same")
+    # It did the same, and was lost half-way: some bytes are missing, others have the same length.
+    work(second, 2, it=content[:-7], other=b"not same")
+    first.pull(STAGES)
+    work(first, 3, **{"done.json": b"{}"})
+    fresh = far.mirror(task, tmp_path / "empty")
+    fresh.pull(STAGES)
+    assert fresh.local.read("data/it") == content
+    assert fresh.local.read("data/other") == b"the same"
+
+
+def test_a_leg_on_the_same_machine_sends_nothing_twice(lab: Lab, s3: Far, tmp_path: Path) -> None:
+    task = lab.task(url=s3.url())
+    mirror = s3.mirror(task, tmp_path / "here")
+    leg = LegRecord(
+        task=task.name,
+        number=1,
+        state="active",
+        runner=this_runner(),
+        started=utc_now(),
+        position=[0, 0, 0],
+    )
+    mirror.commit(Batch(message="begins"), leg)
+    mirror.pull(STAGES, leg=1)
+    mirror.local.write("data/it", b"it")
+    mirror.send(mirror.changes(), leg)
+    mirror.commit(Batch(message="begins"), replace(leg, number=2))
+    again = s3.mirror(task, tmp_path / "here")
+    again.pull(STAGES, leg=2)
+    assert again.changes().is_empty

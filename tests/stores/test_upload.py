@@ -19,6 +19,7 @@ from baton.store.open import open_remote
 from baton.store.upload import Uploader
 
 PREFIX = "train/checkpoints"
+STAGES = ("data", "train", "eval")
 
 
 @pytest.fixture
@@ -46,7 +47,7 @@ def send(mirror: Mirror, s3: Far, retention: Retention | None) -> list[int]:
         position=[0, 0, 0],
     )
     s3.proxy.log.clear()
-    uploader = Uploader(mirror=mirror, record=lambda: record)
+    uploader = Uploader(mirror=mirror, stages=STAGES, record=lambda: record)
     if retention is not None:
         uploader.saved(PREFIX, retention)
     uploader.start()
@@ -97,3 +98,25 @@ def test_a_leg_that_ends_training_sends_nothing_that_is_let_go_on_arrival(
     mirror.local.write("train/done.json", b"{}")
     assert send(mirror, s3, retention) == []
     assert "train/done.json" in mirror.stored_names()
+
+
+def test_no_marker_is_there_before_those_of_earlier_stages(
+    s3: Far, mirror: Mirror, tmp_path: Path
+) -> None:
+    """Another machine would do the earlier stage again beneath a later one that is done."""
+    save(mirror, tmp_path, 2, 4, 6)
+    for stage in STAGES:
+        mirror.local.write(f"{stage}/done.json", b"{}")
+    assert send(mirror, s3, None) == [2, 4, 6]
+    written = [path for method, path, _ in s3.proxy.log if method == "PUT"]
+    order = [match[1] for path in written if (match := re.search(r"(\w+)/done\.json", path))]
+    assert order == list(STAGES)
+    manifests = [place for place, path in enumerate(written) if path.endswith("manifest.json")]
+    markers = {
+        stage: place
+        for place, path in enumerate(written)
+        for stage in STAGES
+        if path.endswith(f"{stage}/done.json")
+    }
+    assert markers["data"] < manifests[0]
+    assert markers["eval"] > markers["train"] > manifests[-1]

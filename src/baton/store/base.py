@@ -90,7 +90,7 @@ class Batch:
         check: called before anything is replaced and before the marker; what it raises stops
             the batch.
         marker: name and bytes of an exclusive write (`NameTaken`).
-        last: as `writes`, for what promises that everything else is there.
+        last: as `writes`, one after the other, each promising that all before it is there.
         urgent: the process is about to end; do not save requests up.
     """
 

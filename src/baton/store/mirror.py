@@ -31,6 +31,7 @@ from baton.store.task_names import (
     LOG,
     PROGRESS,
     is_mirrored,
+    newest_leg,
     newest_steps,
     position_of,
 )
@@ -58,16 +59,21 @@ class Mirror:
 
     # --- bringing things here -----------------------------------------------------------
 
-    def pull(self, stages: Sequence[str], *, with_blobs: bool = True) -> None:
+    def pull(self, stages: Sequence[str], *, leg: int = 0, with_blobs: bool = True) -> None:
         """Bring what the store has and this folder lacks; checkpoints come when asked for.
 
         Of two histories the one whose position is further on wins; legs and the log are
-        joined. Stage markers come last, so that what they promise is here.
+        joined. Stage markers come last, so that what they promise is here. `leg` is who pulls,
+        if a leg does.
         """
         listed = {item.name: item.size for item in self.remote.listing()}
         self._pull_legs(listed)
         here = set(self.local.names())
         files = self._remote_files(listed)
+        newest = newest_leg(name for name in listed if name != f"legs/{leg:03d}.json")
+        if newest != self.index.leg:
+            self.index.forget_what_may_differ(files)
+            self.index.leg = newest
         # The log is joined further down: a launcher here may have it open.
         plain = [name for name in listed if is_mirrored(name) and name != LOG]
         wanted = list(files.values())
@@ -308,6 +314,7 @@ class Mirror:
         )
         self.commit(batch, lease)
         self.index.files = files
+        self.index.leg = lease.number
         self.index.write()
 
     def commit(self, batch: Batch, lease: LegRecord) -> None:
@@ -343,8 +350,7 @@ class Mirror:
         )
 
     def _check_owner(self, number: int) -> None:
-        legs = (LEG.fullmatch(name) for name in self.remote.names("legs"))
-        newest = max((int(found[1]) for found in legs if found), default=number)
+        newest = newest_leg(self.remote.names("legs"))
         if newest > number:
             raise FencedError(
                 f"{self.task}: leg {newest} has taken over from leg {number}; this one stops"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import astuple, dataclass, field
 from pathlib import Path
 from typing import Self
@@ -44,10 +44,11 @@ class Changes:
     def is_empty(self) -> bool:
         return not (self.changed or self.gone)
 
-    def without_markers(self, stages: Collection[str]) -> Changes:
-        """All but the markers of these stages."""
-        held_back = {f"{stage}/done.json" for stage in stages}
-        changed = {n: known for n, known in self.changed.items() if n not in held_back}
+    def with_markers_of(self, stages: Sequence[str]) -> Changes:
+        """All, but of markers those of these stages alone, in their order."""
+        changed = {n: known for n, known in self.changed.items() if not DONE.fullmatch(n)}
+        markers = (f"{stage}/done.json" for stage in stages)
+        changed |= {n: self.changed[n] for n in markers if n in self.changed}
         return Changes(changed, self.gone)
 
     def finished_stages(self) -> list[str]:
@@ -62,11 +63,13 @@ class Index:
     Attributes:
         durable: the newest step of each folder of checkpoints that the store has.
         files: what else both sides have.
+        leg: the newest leg that the store knew of then; 0 before there was one.
     """
 
     local: LocalStore
     durable: dict[str, int] = field(default_factory=dict)
     files: dict[str, Known] = field(default_factory=dict)
+    leg: int = 0
 
     @classmethod
     def read(cls, local: LocalStore) -> Self:
@@ -74,14 +77,16 @@ class Index:
             values = json.loads(local.read(_FILE))
             durable = {str(prefix): int(step) for prefix, step in values["durable"].items()}
             files = {str(name): Known(*row) for name, row in values["files"].items()}
+            leg = int(values["leg"])
         except (NameMissing, ValueError, KeyError, TypeError, AttributeError):
             return cls(local)
-        return cls(local, durable, files)
+        return cls(local, durable, files, leg)
 
     def write(self) -> None:
         values = {
             "durable": self.durable,
             "files": {name: list(astuple(known)) for name, known in sorted(self.files.items())},
+            "leg": self.leg,
         }
         self.local.write(_FILE, dump_json(values))
 
@@ -107,6 +112,14 @@ class Index:
     def forget_all_but(self, stored: Collection[str]) -> None:
         """Believe the store, not the index, about what the store has."""
         self.files = {name: known for name, known in self.files.items() if name in stored}
+
+    def forget_what_may_differ(self, large: Mapping[str, FileEntry]) -> None:
+        """Another machine has written since: of `large` files alone the store tells the content."""
+        self.files = {
+            name: known
+            for name, known in self.files.items()
+            if name in large and known.sha256 == large[name].sha256
+        }
 
 
 def entries_of(files: Mapping[str, Known]) -> list[FileEntry]:

@@ -148,7 +148,8 @@ class S3Store:
                 # Whoever tidied up at that moment did not see our marker yet.
                 if self._bucket.size(self._key(name)) is None:
                     self._send(path, self._key(name))
-        all_of(send, batch.last.items())
+        for item in batch.last.items():
+            send(item)
         all_of(self.delete, batch.deletes)
 
     def fetch(self, wanted: Sequence[Wanted]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 from baton.store.checkpoint import MANIFEST
 
@@ -39,6 +39,11 @@ def newest_steps(names: Collection[str]) -> dict[str, int]:
         if found and found[3] == MANIFEST:
             newest[found[1]] = max(int(found[2]), newest.get(found[1], 0))
     return newest
+
+
+def newest_leg(names: Iterable[str]) -> int:
+    """The number of the newest leg; 0 without one."""
+    return max((int(found[1]) for name in names if (found := LEG.fullmatch(name))), default=0)
 
 
 def is_mirrored(name: str) -> bool:

@@ -37,11 +37,13 @@ class Uploader:
     training hears of it in the log only, unless another leg has taken over (`fenced`).
 
     Attributes:
+        stages: of the task, in their order.
         record: the leg's record as it is now; it is also the lease of the task.
         durable: called with the newest step of a stage that the store has.
     """
 
     mirror: Mirror
+    stages: Sequence[str]
     record: Callable[[], LegRecord]
     durable: Callable[[int], None] = lambda step: None
     clock: Callable[[], float] = time.monotonic
@@ -160,14 +162,17 @@ class Uploader:
             self._committed_at = self.clock()
 
     def _changes(self) -> Changes:
-        """What to send now: not the marker of a stage whose checkpoints are not all there."""
+        """What to send now: no marker of a stage whose checkpoints are not all there.
+
+        Nor of a later one: whoever goes on from the first would do the later ones on top of it.
+        """
         changes = self.mirror.changes()
-        incomplete = []
-        for stage in changes.finished_stages():
+        finished = set(changes.finished_stages())
+        for number, stage in enumerate(self.stages):
             prefix = f"{stage}/checkpoints"
-            if self._unsent(prefix, *self.mirror.steps(prefix)):
-                incomplete.append(stage)
-        return changes.without_markers(incomplete)
+            if stage in finished and self._unsent(prefix, *self.mirror.steps(prefix)):
+                return changes.with_markers_of(self.stages[:number])
+        return changes.with_markers_of(self.stages)
 
     def _next_checkpoint(self) -> tuple[str, int] | None:
         """The checkpoint to send next: the newest, then what is kept for ever, newest first.
