@@ -11,7 +11,7 @@ PYTHON ?= python3
 TORCH_INDEX ?=
 STAMP := $(VENV)/.installed
 # These need services that the tests' own targets install.
-ELSEWHERE := --ignore tests/slurm --ignore tests/containers --ignore tests/stores
+ELSEWHERE := --ignore tests/slurm --ignore tests/containers --ignore tests/stores --ignore tests/vllm
 PIP := $(BIN)/python -m pip install -q --no-deps
 # Images: a pip.conf for the build (never kept), the engine's command, more words for it.
 IMAGE ?= baton
@@ -22,7 +22,7 @@ BUILD = DOCKER_BUILDKIT=1 $(DOCKER) build $(if $(PIP_CONF),$(PIP_SECRET)) \
 	--build-arg COMMIT=$$(git describe --always --dirty --abbrev=40 --exclude '*' 2>/dev/null || echo unknown) \
 	--build-arg VERSION=$$(sed -n 's/^__version__ = "\(.*\)"/\1/p' src/baton/__init__.py)
 
-.PHONY: setup demo check test test-fast test-slurm test-containers test-stores lock image image-cpu image-check kill-storm submit status collect doctor format clean
+.PHONY: setup demo check test test-fast test-slurm test-containers test-stores test-vllm lock image image-cpu image-check kill-storm submit status collect doctor format clean
 
 # torch by its version alone: the index decides which of its builds fits, and that what else is needed.
 $(STAMP): pyproject.toml $(wildcard images/*.lock)
@@ -65,6 +65,10 @@ test-stores: setup  ## the stores: moto and a small Hub, then a real S3 server f
 test-containers: setup  ## install a real Docker engine from apt, build the images in it, run them
 	bash tests/services/docker_install.sh
 	$(BIN)/python -m pytest -q tests/containers $(ARGS)
+
+test-vllm: setup  ## install vLLM for the CPU beside the environment, have it answer
+	PYTHON=$(PYTHON) TORCH_INDEX=$(TORCH_INDEX) bash tests/services/vllm_install.sh $(VENV)-vllm
+	BATON_VLLM_PYTHON=$(abspath $(VENV)-vllm)/bin/python $(BIN)/python -m pytest -q tests/vllm $(ARGS)
 
 image:  ## build the GPU image; make image ARGS='--target eval-vllm' IMAGE=baton:vllm adds vLLM
 	$(BUILD) --build-arg TORCH=$$(sed -n 's/^torch==\([^ ]*\).*/\1/p' images/torch.lock) -f Dockerfile.cuda -t $(IMAGE) $(ARGS) .

@@ -117,6 +117,10 @@ class RefusedError(TeacherError):
     """A teacher will not answer this one request: it is too long, or against its rules."""
 
 
+class EngineError(BatonError):
+    """Another program that writes answers for us ended before it was done."""
+
+
 class SchedulerError(BatonError):
     """Slurm does not answer, or does not take the job for now."""
 

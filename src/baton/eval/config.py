@@ -25,12 +25,13 @@ class GenerateConfig:
 
     `engine` is how prompts share a model: `padded` answers `batch_size` of them side by side by
     transformers' own generation; `paged` lets new ones enter as others end, as many as memory
-    allows; `auto` is `paged` on a GPU, except where training is deterministic.
+    allows; `vllm` hands the merged model to vLLM, where that is installed; `auto` is `paged` on a
+    GPU, except where training is deterministic, and `padded` elsewhere.
     """
 
     max_new_tokens: Annotated[int, at_least(1)] = 256
     batch_size: Annotated[int, at_least(1)] = 32
-    engine: Literal["auto", "paged", "padded"] = "auto"
+    engine: Literal["auto", "paged", "padded", "vllm"] = "auto"
     sampling: Sampling | None = None
 
     def describe(self) -> str:
@@ -53,3 +54,10 @@ class EvalConfig:
     seed: int = 0
     bootstrap_resamples: Annotated[int, at_least(100)] = 1000
     report_samples: Annotated[int, at_least(0)] = 8
+
+    def require_padded(self, why: str) -> None:
+        """Raises `ValueError` if another engine than the one that is left is asked for."""
+        if self.generate.engine not in ("auto", "padded"):
+            raise ValueError(
+                f"eval.generate.engine: {self.generate.engine}: {why}; leave it out, or at padded"
+            )

@@ -178,6 +178,7 @@ def _answer(
         exact=exam.exact,
         should_stop=lambda: leg.stop.is_set,
         answer=exam.answer,
+        scratch=leg.folder / f".vllm-{ranks.rank}",
     )
     for place, answers in batches:
         number = first + place

@@ -6,6 +6,7 @@ import json
 from typing import Any
 
 from baton.data.tokenise import TokenFile
+from baton.generation.answer import require_engine
 from baton.record import dump_json
 from baton.stage import Leg, Outcome
 from baton.train.environment import environment_of, make_deterministic
@@ -31,7 +32,12 @@ def train(leg: Leg) -> Outcome:
 
 
 def run(leg: Leg, loop: Loop, learner: Learner, model: Model, *, method: str) -> Outcome:
-    """Run a loop; at its end write the summary, the history of evaluations and the best model."""
+    """Run a loop; at its end write the summary, the history of evaluations and the best model.
+
+    Raises:
+        ConfigError: the evaluation that follows asks for an engine that is not here.
+    """
+    require_engine(leg.config.eval.generate)
     outcome = loop.run()
     if outcome is Outcome.FINISHED and leg.is_first:
         summarise(leg, loop, learner)

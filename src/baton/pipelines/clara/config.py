@@ -208,6 +208,7 @@ class Clara:
     def __post_init__(self) -> None:
         if self.adapter.method == "full":
             raise ValueError("adapter.method: clara trains adapters; choose lora or qlora")
+        self.eval.require_padded("clara's decoder reads vectors, which only that engine takes")
         if not self.eval.generate.max_new_tokens:
             tokens = 64 if self.until == "stage3" else 128
             generate = replace(self.eval.generate, max_new_tokens=tokens)

@@ -120,3 +120,4 @@ class T5Pretrain:
                 f"train.tokens_per_micro_batch must hold one pair of full length ({full} tokens),"
                 f" got {self.train.tokens_per_micro_batch}"
             )
+        self.eval.require_padded("an encoder-decoder model is answered by transformers alone")
