@@ -157,16 +157,12 @@ class TaskRunner:
             yield
             return
 
-        def durable(step: int) -> None:
-            leg.amend(durable_step=step)
-            leg.report(durable_step=step)
-
         with self.mirror.hold(wait_seconds=_LAST_SECONDS):
             leg.uploader = self.uploader = Uploader(
                 mirror=self.mirror,
                 stages=self.stages,
                 record=lambda: leg.record,
-                durable=durable,
+                durable=leg.stored,
             )
             self.uploader.start()
             try:

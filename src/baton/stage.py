@@ -95,6 +95,7 @@ class Leg:
     on_progress: Callable[[Mapping[str, Any]], None] | None = None
     mirror: Mirror | None = None
     uploader: Uploader | None = None
+    _saved_below: str = ""
     _written: float = -1e9
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -119,15 +120,25 @@ class Leg:
 
     def saved(self, prefix: str, step: int, retention: Retention) -> None:
         """A checkpoint is on this machine's disk; a remote store gets it in the background."""
+        self._saved_below = prefix
         self.report(local_step=step)
         if self.uploader is None:
-            self.report(durable_step=step)
-            self.amend(durable_step=step)
+            self._note_durable(step)
         else:
             self.uploader.saved(prefix, retention)
-            stored = self.uploader.mirror.index.durable.get(prefix)
-            self.report(durable_step=stored)
-            self.amend(durable_step=stored)
+            self._note_durable(self.uploader.mirror.index.durable.get(prefix))
+
+    def stored(self, prefix: str, step: int) -> None:
+        """The remote store has this newest checkpoint of a folder.
+
+        What a finished stage left may arrive while the next one trains; its steps do not count.
+        """
+        if self._saved_below in ("", prefix):
+            self._note_durable(step)
+
+    def _note_durable(self, step: int | None) -> None:
+        self.report(durable_step=step)
+        self.amend(durable_step=step)
 
     def log(self, event: str, **values: object) -> None:
         """One line for one event, as `key=value`, with task and stage; the first peer's only."""

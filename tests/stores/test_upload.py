@@ -9,9 +9,13 @@ from pathlib import Path
 
 import pytest
 from far import Far
+from lab import Lab
 
+from baton.handover import StopSignal
 from baton.legs import this_runner, utc_now
+from baton.plan import Plan
 from baton.record import LegRecord
+from baton.stage import Alone, Leg
 from baton.store.checkpoint import Checkpoints, Retention
 from baton.store.local import LocalStore
 from baton.store.mirror import Mirror
@@ -120,3 +124,43 @@ def test_no_marker_is_there_before_those_of_earlier_stages(
     }
     assert markers["data"] < manifests[0]
     assert markers["eval"] > markers["train"] > manifests[-1]
+
+
+def test_a_legs_durable_step_is_that_of_the_stage_it_trains(
+    lab: Lab, s3: Far, tmp_path: Path
+) -> None:
+    """Checkpoints of a stage that is finished may arrive while the next one trains."""
+    task = lab.task(url=s3.url())
+    mirror = s3.mirror(task, tmp_path / "here")
+    plan = Plan.from_json(task.plan.read_bytes(), where="plan")
+    record = LegRecord(
+        task=task.name,
+        number=1,
+        state="active",
+        runner=this_runner(),
+        started=utc_now(),
+        position=[0, 0, 0],
+    )
+    leg = Leg(
+        plan=plan,
+        task=plan.tasks[0],
+        config=None,
+        record=record,
+        store=mirror.local,
+        stop=StopSignal(grace_seconds=1),
+        peers=Alone(),
+        check_fence=lambda: None,
+        mirror=mirror,
+        now=utc_now,
+    )
+    leg.uploader = Uploader(
+        mirror=mirror, stages=STAGES, record=lambda: leg.record, durable=leg.stored
+    )
+    leg.stored("sft/checkpoints", 8)
+    assert leg.record.durable_step == 8, "before it saves anything, what it finds here to send"
+    leg.saved("distill/checkpoints", 4, Retention(keep_last=2))
+    assert leg.record.durable_step is None
+    leg.stored("sft/checkpoints", 9)
+    assert leg.record.durable_step is None
+    leg.stored("distill/checkpoints", 4)
+    assert leg.record.durable_step == 4

@@ -39,13 +39,13 @@ class Uploader:
     Attributes:
         stages: of the task, in their order.
         record: the leg's record as it is now; it is also the lease of the task.
-        durable: called with the newest step of a stage that the store has.
+        durable: called with a folder of checkpoints and the newest step of it that the store has.
     """
 
     mirror: Mirror
     stages: Sequence[str]
     record: Callable[[], LegRecord]
-    durable: Callable[[int], None] = lambda step: None
+    durable: Callable[[str, int], None] = lambda prefix, step: None
     clock: Callable[[], float] = time.monotonic
     fenced: FencedError | None = None
     _retention: dict[str, Retention] = field(default_factory=dict)
@@ -257,7 +257,7 @@ class Uploader:
         if newest is not None and newest > self.mirror.index.durable.get(prefix, -1):
             self.mirror.index.durable[prefix] = newest
             self.mirror.index.write()
-            self.durable(newest)
+            self.durable(prefix, newest)
 
     def _missing(self) -> list[str]:
         """What is here only, in words for the leg's record."""
