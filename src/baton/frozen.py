@@ -24,6 +24,8 @@ def read(path: Path) -> Plan:
         return Plan.from_json(path.read_bytes(), where=str(path))
     except FileNotFoundError:
         raise ConfigError(f"there is no plan {path}") from None
+    except OSError as error:
+        raise ConfigError(f"reading the plan {path}: {error.strerror or error}") from error
     except DamagedError as error:
         raise ConfigError(
             f"{error}; move it away and submit again: it will be written anew"

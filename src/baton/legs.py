@@ -13,7 +13,7 @@ from pathlib import Path
 
 import psutil
 
-from baton.errors import FencedError, NameTaken, NoProgressError
+from baton.errors import DamagedError, FencedError, NameTaken, NoProgressError
 from baton.record import LegRecord, Runner, replace
 from baton.stage import progress_in
 from baton.store.base import Store
@@ -116,8 +116,14 @@ class Legs:
         return sorted(int(match[1]) for match in found if match)
 
     def _read(self, number: int) -> LegRecord:
-        name = self._name(number)
-        return LegRecord.from_json(self.store.read(name), where=f"{self.store.url}/{name}")
+        where = f"{self.store.url}/{self._name(number)}"
+        try:
+            return LegRecord.from_json(self.store.read(self._name(number)), where=where)
+        except DamagedError as error:
+            raise DamagedError(
+                f"{error}; move it away and submit again: what it said of leg {number} is lost,"
+                " and nothing else"
+            ) from error
 
     def _name(self, number: int) -> str:
         return f"legs/{number:03d}.json"

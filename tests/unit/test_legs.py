@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 from baton.config.site import LocalSite
-from baton.errors import ExitStatus, FencedError, NoProgressError
+from baton.errors import DamagedError, ExitStatus, FencedError, NoProgressError
 from baton.handover import StopSignal
 from baton.launchers.base import Request
 from baton.launchers.local import LocalLauncher
@@ -326,3 +326,13 @@ def test_a_task_whose_results_were_removed_is_not_called_finished(tmp_path: Path
     status = status_of(tmp_path, PLAN, ("data", "train", "eval"), "t")
     assert status.state == "incomplete"
     assert status.reason == "files of a finished stage are gone; submit again to make them anew"
+
+
+def test_a_damaged_record_is_named_with_what_to_do(legs: Legs) -> None:
+    legs.open(record(legs))
+    path = legs.store.path("legs/001.json")
+    path.write_bytes(path.read_bytes()[:40])
+    with pytest.raises(DamagedError, match=r"legs/001\.json: not JSON.*move it away and submit"):
+        legs.open(record(legs))
+    path.unlink()
+    assert legs.open(record(legs)).number == 1

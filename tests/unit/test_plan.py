@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from baton import frozen
 from baton.config.document import Document
 from baton.config.experiment import Experiment, apply_set
 from baton.config.yaml import load_yaml
@@ -294,3 +295,9 @@ def test_a_plan_is_readable_json_with_the_notice_first(tmp_path: Path) -> None:
     values = json.loads(plan_of(TASK, tmp_path).to_json())
     assert list(values)[:2] == ["notice", "schema"]
     assert values["created"] == NOW
+
+
+def test_a_plan_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    (tmp_path / "plan.json").mkdir()
+    with pytest.raises(ConfigError, match=r"reading the plan .*plan\.json: Is a directory"):
+        frozen.read(tmp_path / "plan.json")
