@@ -173,7 +173,10 @@ def apply_set(document: Document, settings: Sequence[str]) -> Document:
         key, found, text = setting.partition("=")
         if not found or not key:
             raise ConfigError(f"--set {setting}: expected key=value, e.g. train.epochs=1")
-        value = parse_scalar(text)
+        try:
+            value = parse_scalar(text)
+        except ConfigError as error:
+            raise ConfigError(f"--set {key}: {error}") from error
         if key.startswith("matrix."):
             axis = key.removeprefix("matrix.")
             data = _copy(document.data)

@@ -248,8 +248,8 @@ def test_set_leaves_the_document_it_was_given_alone(tmp_path: Path) -> None:
         ),
         (
             "a.b=[1",
-            "'[1': not a YAML value: expected ',' or ']', but got the end; close the bracket, or"
-            " put the text in quotes",
+            "--set a.b: '[1': not a YAML value: expected ',' or ']', but got the end; close the"
+            " bracket, or put the text in quotes",
         ),
     ],
 )
