@@ -13,8 +13,10 @@ from lab import Lab
 from baton.legs import this_runner, utc_now
 from baton.pipelines import PIPELINES
 from baton.record import LegRecord
-from baton.store.archive import is_blob
+from baton.store.archive import blob_name, is_blob
 from baton.store.base import Batch
+from baton.store.checkpoint import sha256_of
+from baton.store.local import LocalStore
 from baton.store.mirror import Mirror
 
 STAGES = PIPELINES["medical_qa"]().stage_names
@@ -111,3 +113,50 @@ def test_a_leg_on_the_same_machine_sends_nothing_twice(lab: Lab, s3: Far, tmp_pa
     again = s3.mirror(task, tmp_path / "here")
     again.pull(STAGES, leg=2)
     assert again.changes().is_empty
+
+
+def test_compiled_code_comes_to_an_empty_machine(lab: Lab, far: Far, tmp_path: Path) -> None:
+    first = far.mirror(lab.task(url=far.url()), tmp_path / "first")
+    fresh = replace_machine(first, tmp_path / "empty")
+    send_compiled(first)
+    fresh.pull(STAGES)
+    assert fresh.local.read("compiled/torch.bin") == LARGE
+
+
+@pytest.mark.parametrize("how", ["flipped", "removed"])
+def test_damaged_compiled_code_keeps_no_leg_from_starting(
+    lab: Lab, s3: Far, tmp_path: Path, how: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    first = s3.mirror(lab.task(url=s3.url()), tmp_path / "first")
+    fresh = replace_machine(first, tmp_path / "empty")
+    send_compiled(first)
+    blob = blob_name(sha256_of(first.local.path("compiled/torch.bin")))
+    if how == "removed":
+        first.version.delete(blob)
+    else:
+        first.version.write(blob, b"L" + LARGE[1:])
+    fresh.pull(STAGES)
+    assert fresh.local.read("data/done.json") == b"{}"
+    assert "compiled/torch.bin" not in set(fresh.local.names())
+    assert caplog.text.count("compiled code of earlier legs is not used") == 1
+
+
+def replace_machine(mirror: Mirror, folder: Path) -> Mirror:
+    """The same task as another machine sees it."""
+    return Mirror(LocalStore(folder), mirror.version, mirror.task)
+
+
+def send_compiled(mirror: Mirror) -> None:
+    """A leg's compiled code goes to the store, as any finished file does, with a stage."""
+    leg = LegRecord(
+        task=mirror.task,
+        number=1,
+        state="active",
+        runner=this_runner(),
+        started=utc_now(),
+        position=[0, 0, 0],
+    )
+    mirror.commit(Batch(message="begins"), leg)
+    mirror.local.write("compiled/torch.bin", LARGE)
+    mirror.local.write("data/done.json", b"{}")
+    mirror.send(mirror.changes(), leg)

@@ -6,6 +6,7 @@ import contextlib
 import fcntl
 import itertools
 import json
+import logging
 import os
 import re
 import shutil
@@ -24,6 +25,7 @@ from baton.store.mirror_index import Changes, Index, Known, entries_of
 from baton.store.parallel import all_of
 from baton.store.task_names import (
     CHECKPOINT_FILE,
+    COMPILED,
     DONE,
     FILES,
     GROWING,
@@ -35,6 +37,8 @@ from baton.store.task_names import (
     newest_steps,
     position_of,
 )
+
+log = logging.getLogger(__name__)
 
 _LOCK, _FETCHED, _SENDING = ".mirror.lock", ".fetched", ".sending"
 
@@ -82,7 +86,8 @@ class Mirror:
             wanted = [entry for entry in wanted if entry.name not in here]
         if not with_blobs:
             wanted = [entry for entry in wanted if entry.name.endswith(".json")]
-        self._bring_blobs(wanted)
+        self._bring_blobs([e for e in wanted if not e.name.startswith(COMPILED)])
+        self._bring_compiled([e for e in wanted if e.name.startswith(COMPILED)])
         markers = [name for name in plain if DONE.fullmatch(name)]
         all_of(self._bring, sorted({*plain} - {*markers}))
         for name in markers:
@@ -161,6 +166,13 @@ class Mirror:
             self.local.upload(folder / entry.sha256, entry.name)
             self.index.files[entry.name] = Known.of(self.local.path(entry.name), entry.sha256)
         shutil.rmtree(folder, ignore_errors=True)
+
+    def _bring_compiled(self, entries: Sequence[FileEntry]) -> None:
+        """Fetch what earlier legs compiled; a leg can do without."""
+        try:
+            self._bring_blobs(entries)
+        except (DamagedError, NameMissing) as error:
+            log.warning("compiled code of earlier legs is not used, compiling anew: %s", error)
 
     def _is_same(self, entry: FileEntry) -> bool:
         """Is this file here, as far as size and the last look at it tell?"""

@@ -14,6 +14,8 @@ LEG = re.compile(r"legs/(\d{3,})\.json")
 DONE = re.compile(r"([^/]+)/done\.json")
 PROGRESS, LOG, FILES = "progress.json", "log.txt", "files.json"
 CANCELLED = "cancelled.json"
+# What a compiler made: of use, never needed.
+COMPILED = "compiled/"
 
 
 def position_of(names: Collection[str], stages: Sequence[str]) -> list[int]:

@@ -17,6 +17,7 @@ from baton.stage import Leg, Outcome
 from baton.train.ahead import Ahead
 from baton.train.batch import TokenSource
 from baton.train.batching import Batching, Idle, Packed, Whole, pad_multiple, shortest
+from baton.train.compiled import CompiledCode
 from baton.train.config import TrainConfig
 from baton.train.cursor import Cursor, Indices
 from baton.train.devset import DevSet
@@ -176,6 +177,7 @@ class Loop:
             loss=self._dev_micro_batch,
             together=self.sharded is not None,
         )
+        self.compiled = CompiledCode(leg=self.leg, device=self.ranks.device)
         self.metrics = Metrics(
             self.leg.folder / self.folder,
             run_name=f"{self.leg.plan.experiment}-{self.leg.plan.digest}-{self.leg.task.name}",
@@ -191,6 +193,7 @@ class Loop:
 
     def run(self) -> Outcome:
         """Train to the end, or to the next handover."""
+        self.compiled.load()
         self.state, self.timing = self.keeper.restore(self.state, self.timing)
         if self.keeper.saved_step is None:
             self._plan_memory()
@@ -204,6 +207,7 @@ class Loop:
             return self._run()
         finally:
             self.metrics.close()
+            self.compiled.close()
             if self.ahead is not None:
                 self.ahead.close()
 
@@ -217,6 +221,7 @@ class Loop:
                 # Abandoned half-way: the weights are those of the last finished step.
                 self._save()
                 return Outcome.HANDED_OVER
+            self.compiled.step_done()
             if state.step % self.config.log_every_steps == 0 or state.step == self.total:
                 self._log()
             state.dev_pending = self._is_evaluation_due()
