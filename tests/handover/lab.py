@@ -40,10 +40,11 @@ TINY = {
     "eval.generate.max_new_tokens": "4",
     "eval.bootstrap_resamples": "100",
 }
-# Files that tell of legs, machines and times; checkpoints and the eval record are looked into.
+# Files that tell of legs, machines and times, or that a machine's compiler made; checkpoints and
+# the eval record are looked into.
 _NOT_OF_THE_PLAN = re.compile(
     r"(.*/)?\..*|legs/.*|log\.txt|progress\.json|cancelled\.json|files\.json|.*README\.md|.*/tensorboard/.*"
-    r"|.*/done\.json|.*/shards/.*|.*/checkpoints/.*|\w+/summary\.json|eval/eval\.json"
+    r"|compiled/.*|.*/done\.json|.*/shards/.*|.*/checkpoints/.*|\w+/summary\.json|eval/eval\.json"
 )
 # Figures of an eval record that measure the machine.
 _MEASURED = ("training", "generation", "environment")
