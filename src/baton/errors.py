@@ -17,6 +17,7 @@
     │   └── DamagedError             bytes are there, but not the ones the manifest promises
     ├── TeacherError                 a teacher does not answer, whatever was tried
     │   └── RefusedError                 it will not answer this one request
+    ├── EngineError                  another program that answers for us (vLLM) ended too soon
     ├── SchedulerError               Slurm does not answer, or does not take the job for now
     └── NonFiniteError               the loss or a gradient is NaN or infinite
 
