@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import datetime
-import os
 import re
-import socket
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
-
-import psutil
 
 from baton.errors import DamagedError, FencedError, NameTaken, NoProgressError
+from baton.identity import started_ticks
 from baton.record import LegRecord, Runner, replace
 from baton.stage import progress_in
 from baton.store.base import Store
@@ -131,7 +127,7 @@ class Legs:
     def is_alive(self, leg: LegRecord, here: Runner, submission: str = "") -> bool:
         """Is an active leg really at work, seen from the process `here`?"""
         if leg.runner.is_visible_from(here):
-            return _start_ticks(leg.runner.pid) == leg.runner.started_ticks
+            return started_ticks(leg.runner.pid) == leg.runner.started_ticks
         if leg.submission.startswith(("slurm:", "docker:")) and _same_place(leg, submission):
             # Slurm runs a job once, and an engine has one container of a name: that we run means
             # that the older leg does not.
@@ -176,35 +172,6 @@ def _lasted(leg: LegRecord) -> str:
         return "is active"
     start, end = map(datetime.datetime.fromisoformat, (leg.started, leg.ended))
     return f"{leg.state} after {(end - start).total_seconds():.0f} s"
-
-
-def this_runner() -> Runner:
-    """Who this process is, as other processes can check it."""
-    pid = os.getpid()
-    return Runner(
-        host=socket.gethostname(),
-        pid=pid,
-        started_ticks=_start_ticks(pid) or 0,
-        boot=_text_of(Path("/proc/sys/kernel/random/boot_id")) or socket.gethostname(),
-        pid_namespace=os.readlink("/proc/self/ns/pid")
-        if Path("/proc/self/ns/pid").exists()
-        else "",
-    )
-
-
-def _text_of(path: Path) -> str:
-    return path.read_text().strip() if path.exists() else ""
-
-
-def _start_ticks(pid: int) -> int | None:
-    """When a process started, to tell it from a later one with its number; None if it is gone."""
-    try:
-        process = psutil.Process(pid)
-        if process.status() == psutil.STATUS_ZOMBIE:
-            return None
-        return int(process.create_time() * 100)
-    except psutil.NoSuchProcess:
-        return None
 
 
 def utc_now() -> str:

@@ -14,7 +14,8 @@ from baton.claim import claim
 from baton.config.decode import decode
 from baton.errors import BatonError, ConfigError, ExitStatus, FencedError, StoreBusy, StoreError
 from baton.handover import StopSignal
-from baton.legs import Legs, this_runner, utc_now
+from baton.identity import this_runner
+from baton.legs import Legs, utc_now
 from baton.pipelines import PIPELINES
 from baton.plan import files_of, fingerprint
 from baton.record import LegRecord, LegState, Plan, TaskPlan, dump_json, replace

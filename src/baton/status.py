@@ -7,7 +7,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from baton.legs import Legs, this_runner, utc_now
+from baton.identity import this_runner
+from baton.legs import Legs, utc_now
 from baton.pipelines import PIPELINES
 from baton.record import LegRecord, Plan
 from baton.runner import done_marker, task_store

@@ -13,7 +13,8 @@ from pathlib import Path
 from baton.config.decode import decode
 from baton.errors import ConfigError
 from baton.handover import StopSignal
-from baton.legs import this_runner, utc_now
+from baton.identity import this_runner
+from baton.legs import utc_now
 from baton.pipelines import PIPELINES, Pipeline
 from baton.record import LegRecord, Manifest, Plan, TaskPlan
 from baton.runner import task_store

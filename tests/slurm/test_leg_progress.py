@@ -19,7 +19,8 @@ from pathlib import Path
 sys.path.insert(0, {source!r})
 from baton.errors import BatonError
 from baton.handover import StopSignal
-from baton.legs import Legs, this_runner, utc_now
+from baton.identity import this_runner
+from baton.legs import Legs, utc_now
 from baton.record import LegRecord, replace
 from baton.runner import submission_id
 from baton.store.local import LocalStore

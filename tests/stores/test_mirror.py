@@ -10,7 +10,8 @@ import pytest
 from far import Far
 from lab import Lab
 
-from baton.legs import this_runner, utc_now
+from baton.identity import this_runner
+from baton.legs import utc_now
 from baton.pipelines import PIPELINES
 from baton.record import LegRecord
 from baton.store.archive import blob_name, is_blob

@@ -12,7 +12,8 @@ from far import Far
 from lab import Lab
 
 from baton.handover import StopSignal
-from baton.legs import this_runner, utc_now
+from baton.identity import this_runner
+from baton.legs import utc_now
 from baton.plan import Plan
 from baton.record import LegRecord
 from baton.stage import Alone, Leg

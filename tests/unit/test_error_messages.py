@@ -428,7 +428,8 @@ def test_a_plan_that_no_longer_fits_is_refused_before_anything_is_claimed(home: 
 
 
 def test_the_second_runner_on_a_task_is_told_who_the_first_is(home: Path) -> None:
-    from baton.legs import Legs, this_runner
+    from baton.identity import this_runner
+    from baton.legs import Legs
     from baton.record import LegRecord, Plan
 
     path = stored_plan(home)

@@ -15,9 +15,10 @@ import pytest
 from baton.config.site import LocalSite
 from baton.errors import DamagedError, ExitStatus, FencedError, NoProgressError
 from baton.handover import StopSignal
+from baton.identity import this_runner
 from baton.launchers.base import Request
 from baton.launchers.local import LocalLauncher
-from baton.legs import HEARTBEAT_TIMEOUT_SECONDS, Legs, this_runner
+from baton.legs import HEARTBEAT_TIMEOUT_SECONDS, Legs
 from baton.record import LegRecord, Plan, Runner, TaskPlan, dump_json, replace
 from baton.status import status_of
 from baton.store.local import LocalStore
@@ -176,7 +177,8 @@ def test_of_many_runners_that_claim_at_once_one_works(tmp_path: Path) -> None:
 import sys
 from pathlib import Path
 from baton.errors import FencedError
-from baton.legs import Legs, this_runner, utc_now
+from baton.identity import this_runner
+from baton.legs import Legs, utc_now
 from baton.record import LegRecord
 from baton.store.local import LocalStore
 legs = Legs(LocalStore(Path(sys.argv[1])), "t", utc_now)

@@ -16,10 +16,11 @@ from typing import TextIO
 from baton.config.site import LocalSite
 from baton.errors import ConfigError, ExitStatus
 from baton.handover import StopSignal
+from baton.identity import this_runner
 from baton.launchers.base import LOG, Drill, Request, View
 from baton.launchers.processes import LegProcesses
 from baton.launchers.verdict import Verdicts
-from baton.legs import Legs, this_runner, utc_now
+from baton.legs import Legs, utc_now
 from baton.pipelines import PIPELINES
 from baton.record import LegRecord, dump_json
 from baton.runner import task_store

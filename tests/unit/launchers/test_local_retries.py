@@ -21,7 +21,8 @@ STUB = """\
 #!{python}
 import os, sys
 from pathlib import Path
-from baton.legs import Legs, this_runner, utc_now
+from baton.identity import this_runner
+from baton.legs import Legs, utc_now
 from baton.record import LegRecord, Plan, replace
 from baton.runner import task_store
 plan, task, root = sys.argv[4], sys.argv[6], sys.argv[8]

@@ -10,9 +10,10 @@ import pytest
 
 from baton.errors import ExitStatus
 from baton.handover import StopSignal
+from baton.identity import this_runner
 from baton.launchers.base import Request
 from baton.launchers.verdict import Verdicts
-from baton.legs import Legs, this_runner, utc_now
+from baton.legs import Legs, utc_now
 from baton.record import LegRecord, Plan, TaskPlan, dump_json
 from baton.runner import CANCELLED, task_store
 

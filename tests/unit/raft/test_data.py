@@ -15,7 +15,8 @@ from baton.data.tokenise import TokenFile
 from baton.errors import DataError
 from baton.eval.config import EvalConfig, GenerateConfig
 from baton.handover import StopSignal
-from baton.legs import this_runner, utc_now
+from baton.identity import this_runner
+from baton.legs import utc_now
 from baton.pipelines.raft.config import Raft, RaftData
 from baton.pipelines.raft.data import prepare, read_test
 from baton.pipelines.raft.format import load_format
