@@ -10,8 +10,9 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import boto3
@@ -20,16 +21,15 @@ from botocore.exceptions import BotoCoreError, ClientError, HTTPClientError
 from botocore.parsers import ResponseParserError
 from urllib3.exceptions import HTTPError
 
-from baton.errors import NameMissing, NameTaken, StoreError
-from baton.store.parallel import WORKERS, in_parallel
-from baton.store.partial import PART_BYTES
+from baton.errors import DamagedError, FencedError, NameMissing, NameTaken, StoreError
+from baton.store.objects import HIDDEN
+from baton.store.parallel import WORKERS, all_of, in_parallel
+from baton.store.partial import PART_BYTES, TRIES, fetch_in_parts
 from baton.store.patience import IMPATIENT, Patience
 from baton.store.s3_errors import explain, is_missing, is_refused_condition
 
 log = logging.getLogger(__name__)
 
-# Keys below it are ours alone and are never listed.
-HIDDEN = ".baton/"
 _PROBE = f"{HIDDEN}conditional-writes"
 # S3 takes at most 10,000 parts.
 _MAX_PARTS = 9_000
@@ -50,7 +50,7 @@ class Conditions:
 
 
 @dataclass
-class Bucket:
+class S3Bucket:
     """Requests to one bucket, repeated a bounded number of times, with errors for people."""
 
     name: str
@@ -58,8 +58,8 @@ class Bucket:
     endpoint: str
     patience: Patience = IMPATIENT
     # ETags of small objects that this process wrote: what a lease must still be to be renewed.
-    written: dict[str, str] = field(default_factory=dict)
-    renewing: threading.Lock = field(default_factory=threading.Lock)
+    _written: dict[str, str] = field(default_factory=dict)
+    _renewing: threading.Lock = field(default_factory=threading.Lock)
     _can: Conditions | None = None
     _over_tls: bool = field(init=False)
 
@@ -67,7 +67,7 @@ class Bucket:
         self._over_tls = self.endpoint.startswith("https:")
 
     @classmethod
-    def open(cls, name: str, patience: Patience = IMPATIENT) -> Bucket:
+    def open(cls, name: str, patience: Patience = IMPATIENT) -> S3Bucket:
         try:
             session = boto3.session.Session()
             config = Config(
@@ -124,54 +124,116 @@ class Bucket:
                 return
             after = {"ContinuationToken": page["NextContinuationToken"]}
 
-    def head(self, key: str, what: str) -> tuple[int, str]:
-        """Size, and the SHA-256 that was noted with it. Raises `NameMissing`."""
-        found = self._head(key)
-        if found is None:
-            raise NameMissing(f"{what}: nothing is stored there")
-        return found["ContentLength"], found["Metadata"].get(_SHA256, "")
-
     def size(self, key: str) -> int | None:
         found = self._head(key)
         return None if found is None else int(found["ContentLength"])
 
-    def get(self, key: str, what: str) -> tuple[bytes, str]:
-        """A whole object and the SHA-256 noted with it. Raises `NameMissing`."""
-        found, data = self._get(key, what)
-        return data, found["Metadata"].get(_SHA256, "")
+    def get(self, key: str, what: str) -> bytes:
+        for attempt in range(TRIES):
+            found, data = self._get(key, what)
+            promised = found["Metadata"].get(_SHA256, "")
+            if promised in ("", hashlib.sha256(data).hexdigest()):
+                return data
+            log.debug("%s: a byte changed on the way (try %d)", key, attempt + 1)
+        raise DamagedError(f"{what}: the bytes there are not what was saved")
 
     def get_range(self, key: str, start: int, length: int, what: str) -> bytes:
         if length == 0:
             return b""
         return self._get(key, what, Range=f"bytes={start}-{start + length - 1}")[1]
 
-    def put(self, key: str, data: bytes, **conditions: str) -> str:
-        """Write an object; returns its ETag."""
-        token = os.urandom(8).hex()
-        etag = str(self._put(key, data, token, **conditions)["ETag"])
-        self.written[key] = etag
-        return etag
+    def download(self, key: str, what: str, target: Path) -> None:
+        found = self._head(key)
+        if found is None:
+            raise NameMissing(f"{what}: nothing is stored there")
+        fetch_in_parts(
+            target,
+            size=found["ContentLength"],
+            sha256=found["Metadata"].get(_SHA256, ""),
+            what=what,
+            read=lambda start, length: self.get_range(key, start, length, what),
+        )
 
-    def create(self, key: str, data: bytes) -> str:
-        """Write an object that is not there yet; returns its ETag. Raises `NameTaken`."""
+    def put(self, items: Mapping[str, bytes | Path], *, sha256: str = "") -> None:
+        def put(item: tuple[str, bytes | Path]) -> None:
+            key, data = item
+            if isinstance(data, Path):
+                self._send(data, key, sha256=sha256)
+            else:
+                self._put_noted(key, data)
+
+        all_of(put, items.items())
+
+    def create(self, key: str, data: bytes | Path) -> None:
+        if isinstance(data, Path):
+            self._send(data, key, exclusive=True)
+            return
         token = os.urandom(8).hex()
         if not self.can.create and self._head(key) is not None:
             raise NameTaken(f"{key} is already stored")
         condition = {"IfNoneMatch": "*"} if self.can.create else {}
-        etag = self._put_once(key, data, token, condition)
+        self._put_once(key, data, token, condition)
         if not self.can.create:
             # Two may have written; the last one's bytes are there, and only it goes on.
             found = self._head(key)
             if found is None or found["Metadata"].get(_TOKEN) != token:
                 raise NameTaken(f"{key} was stored by somebody else at the same moment")
+
+    def renew(self, key: str, data: bytes, what: str) -> None:
+        # A heartbeat and a checkpoint may both renew it.
+        with self._renewing:
+            seen = self._written.get(key)
+            if seen is None or not self.can.match:
+                self._put_noted(key, data)
+                return
+            match = seen if self.can.quoted else seen.strip('"')
+            try:
+                self._put_once(key, data, os.urandom(8).hex(), {"IfMatch": match})
+            except (NameTaken, NameMissing):
+                raise FencedError(f"{what} was taken over by somebody else") from None
+
+    def delete(self, keys: Sequence[str]) -> None:
+        def delete(key: str) -> None:
+            self._ask(
+                f"deleting {key}", lambda: self.client.delete_object(Bucket=self.name, Key=key)
+            )
+
+        all_of(delete, keys)
+
+    def abort_uploads(self, prefix: str, older_than_seconds: float) -> list[str]:
+        begun = self._ask(
+            "listing its uploads",
+            lambda: self.client.list_multipart_uploads(Bucket=self.name, Prefix=prefix),
+        )
+        ended = []
+        for upload in begun.get("Uploads", ()):
+            if time.time() - upload["Initiated"].timestamp() >= older_than_seconds:
+                self.client.abort_multipart_upload(
+                    Bucket=self.name, Key=upload["Key"], UploadId=upload["UploadId"]
+                )
+                ended.append(upload["Key"])
+        return ended
+
+    # --- one object, one request, again -----------------------------------------------------
+
+    def _send(self, source: Path, key: str, *, exclusive: bool = False, sha256: str = "") -> None:
+        with open(source, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            if size > PART_BYTES:
+                whole = sha256 or hashlib.file_digest(file, "sha256").hexdigest()
+                self._put_parts(key, file.fileno(), size, whole, exclusive=exclusive)
+            elif exclusive:
+                self.create(key, file.read())
+            else:
+                self._put_noted(key, file.read())
+
+    def _put_noted(self, key: str, data: bytes) -> str:
+        """Write an object and remember its ETag."""
+        etag = str(self._put(key, data, os.urandom(8).hex())["ETag"])
+        self._written[key] = etag
         return etag
 
-    def swap(self, key: str, data: bytes, seen: str) -> str:
-        """Replace the object whose ETag is `seen`. Raises `NameTaken` if it is another."""
-        match = seen if self.can.quoted else seen.strip('"')
-        return self._put_once(key, data, os.urandom(8).hex(), {"IfMatch": match})
-
-    def put_parts(
+    def _put_parts(
         self, key: str, descriptor: int, size: int, sha256: str, *, exclusive: bool = False
     ) -> None:
         """Send a large file in parts, several at once; it appears when the last one is there."""
@@ -209,23 +271,6 @@ class Bucket:
                 self.client.abort_multipart_upload(**upload)
             raise
 
-    def delete(self, key: str) -> None:
-        self._ask(f"deleting {key}", lambda: self.client.delete_object(Bucket=self.name, Key=key))
-
-    def abort_uploads(self, prefix: str, older_than_seconds: float) -> list[str]:
-        begun = self._ask(
-            "listing its uploads",
-            lambda: self.client.list_multipart_uploads(Bucket=self.name, Prefix=prefix),
-        )
-        ended = []
-        for upload in begun.get("Uploads", ()):
-            if time.time() - upload["Initiated"].timestamp() >= older_than_seconds:
-                self.client.abort_multipart_upload(
-                    Bucket=self.name, Key=upload["Key"], UploadId=upload["UploadId"]
-                )
-                ended.append(upload["Key"])
-        return ended
-
     def _probe(self) -> Conditions:
         def tried(**condition: str) -> bool:
             """Was a PUT under this condition carried out?"""
@@ -239,13 +284,13 @@ class Bucket:
         create = not tried(IfNoneMatch="*") or not tried(IfNoneMatch="*")
         if not create or tried(IfMatch='"0000"'):
             return Conditions(create, False)
-        etag = self.put(_PROBE, b"")
+        etag = self._put_noted(_PROBE, b"")
         for quoted in (True, False):
             if tried(IfMatch=etag if quoted else etag.strip('"')):
                 return Conditions(create, True, quoted)
         return Conditions(create, False)
 
-    def _put_once(self, key: str, data: bytes, token: str, condition: dict[str, str]) -> str:
+    def _put_once(self, key: str, data: bytes, token: str, condition: dict[str, str]) -> None:
         try:
             etag = str(self._put(key, data, token, **condition)["ETag"])
         except NameTaken:
@@ -254,8 +299,7 @@ class Bucket:
             if found is None or found["Metadata"].get(_TOKEN) != token:
                 raise
             etag = str(found["ETag"])
-        self.written[key] = etag
-        return etag
+        self._written[key] = etag
 
     def _put(self, key: str, data: bytes, token: str, **conditions: str) -> dict[str, Any]:
         noted = {_SHA256: hashlib.sha256(data).hexdigest(), _TOKEN: token}
