@@ -80,7 +80,7 @@ image-check: setup  ## style of both Dockerfiles; size, layers, secrets and weig
 	$(BIN)/hadolint Dockerfile.cuda images/cpu.Dockerfile
 	DOCKER=$(DOCKER) bash images/check.sh $(IMAGE)
 
-kill-storm: setup  ## kill smoke tasks N times at random moments, STORE=local, s3 or hub; compare every byte
+kill-storm: setup  ## kill smoke tasks N times at random moments, STORE=local, s3, hub or bucket; compare every byte
 	$(BIN)/python tests/handover/kill_storm.py --kills $(N) --store $(STORE) $(ARGS)
 
 submit: setup  ## make submit EXP=qlora_100k SITE=local

@@ -68,6 +68,10 @@ def export_to_hub(store: Store, url: str, *, task: str, stages: Sequence[str]) -
     if final is None:
         raise ConfigError(_missing(task))
     remote = open_remote(url)
+    if not remote.publishes:
+        raise ConfigError(
+            f"{url}: nobody loads models from a bucket; name a repository: hf://user/repository"
+        )
     with tempfile.TemporaryDirectory(prefix="baton-export-") as folder:
         writes: dict[str, bytes | Path] = {}
         for name in sorted(store.names(final)):

@@ -12,7 +12,7 @@ import pytest
 # With --import-mode=importlib the tests' services are not on the path.
 sys.path.insert(0, str(Path(__file__).parents[1] / "services"))
 
-# Read when huggingface_hub is imported; there is no Xet server for tests.
+# Read when huggingface_hub is imported; only buckets have a Xet server for tests.
 os.environ["HF_HUB_DISABLE_XET"] = "1"
 
 from minihub import MiniHub

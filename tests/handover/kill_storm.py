@@ -41,7 +41,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from far import Far, far_store
+from far import KINDS, Far, far_store
 from lab import EXPERIMENT, Lab, Task, differences
 from zygote import Hung, Leg, Zygote
 
@@ -605,7 +605,7 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--jobs", type=int, default=2, help="tasks at once")
-    parser.add_argument("--store", choices=("local", "s3", "hub"), default="local")
+    parser.add_argument("--store", choices=("local", *KINDS), default="local")
     parser.add_argument(
         "--minutes", type=float, default=math.inf, help="begin no kill after so long"
     )

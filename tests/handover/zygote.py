@@ -52,6 +52,7 @@ PRELOADED = (
     "baton.cli",
     "baton.store.s3",
     "baton.store.hub",
+    "baton.store.hub_objects",
     "baton.runner",
     "baton.plan",
     "baton.pipelines.medical_qa.stages",

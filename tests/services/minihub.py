@@ -1,11 +1,12 @@
-"""A small Hugging Face Hub for tests: what huggingface_hub 2 asks for with Xet switched off.
+"""A small Hugging Face Hub for tests: what huggingface_hub 2 asks for.
 
     with MiniHub(folder) as hub:
         os.environ.update(hub.environment)
 
 `python minihub.py PORT FOLDER` runs it by itself. It keeps repositories in memory and LFS
 objects in `folder`; it checks tokens, parent commits and SHA-256, redirects LFS files to
-another host name as the real one does, and can allow only so many commits an hour.
+another host name as the real one does, and can allow only so many commits an hour. Files of
+repositories travel without Xet; buckets (`minibucket.py`) know nothing else.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, parse_qsl, unquote, urlsplit
+
+from minibucket import ENVIRONMENT, Buckets
 
 TOKEN = "hf_test"
 LFS_ABOVE_BYTES = 10_000_000
@@ -114,6 +117,7 @@ class MiniHub:
         self.url = f"http://127.0.0.1:{self.port}"
         # Another host name is another host: clients must not send their token there.
         self.cdn = f"http://localhost:{self.port}"
+        self.buckets = Buckets(folder, self.url)
         self._thread = threading.Thread(target=self._server.serve_forever, daemon=True)
         self._thread.start()
 
@@ -134,6 +138,9 @@ class MiniHub:
             "HF_ENDPOINT": self.url,
             "HF_TOKEN": TOKEN,
             "HF_HUB_DISABLE_XET": "1",
+            **ENVIRONMENT,
+            # What Xet notes about chunks that were sent is true of one server only.
+            "HF_XET_CACHE": str(self.folder / "xet-cache"),
             "HF_HUB_OFFLINE": "0",
             "HF_HUB_DISABLE_TELEMETRY": "1",
             "NO_PROXY": "127.0.0.1,localhost",
@@ -157,6 +164,7 @@ class _Server(http.server.ThreadingHTTPServer):
 class _Handler(http.server.BaseHTTPRequestHandler):
     hub: MiniHub
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # head and body go separately; the body need not wait 40 ms
 
     def log_message(self, *_: object) -> None:
         pass
@@ -176,6 +184,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             return
         raw = url.path
         path = raw if "/resolve/" in raw or "/tree/" in raw else unquote(raw)
+        if self.hub.buckets.answer(self):
+            return
         if path == "/api/whoami-v2":
             self._whoami()
         elif path == "/api/repos/create":
@@ -192,7 +202,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             self._resolve(*found.groups())
         elif path.startswith("/lfs-get/"):
             sha256 = path.removeprefix("/lfs-get/")
-            self._send_range(self.hub.object(sha256).read_bytes(), {"ETag": f'"{sha256}"'})
+            self.send_range(self.hub.object(sha256).read_bytes(), {"ETag": f'"{sha256}"'})
         else:
             self.fail(404, message=f"no route {self.command} {path}")
 
@@ -423,7 +433,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             headers |= {"ETag": f'"{blob.lfs}"', "Location": f"{self.hub.cdn}/lfs-get/{blob.lfs}"}
             self.send(302, headers=headers)
         else:
-            self._send_range(blob.data, headers | {"ETag": f'"{blob.oid}"'})
+            self.send_range(blob.data, headers | {"ETag": f'"{blob.oid}"'})
 
     # --- answers ----------------------------------------------------------------------------
 
@@ -461,7 +471,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         coded = {"X-Error-Code": code} if code else {}
         self.send(status, {"error": message or code}, headers={**(headers or {}), **coded})
 
-    def _send_range(self, data: bytes, headers: Mapping[str, str]) -> None:
+    def send_range(self, data: bytes, headers: Mapping[str, str]) -> None:
         headers = {**headers, "Accept-Ranges": "bytes"}
         found = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
         if not found:

@@ -12,7 +12,7 @@ import pytest
 # With --import-mode=importlib the tests' own folders are not on the path.
 sys.path.insert(0, str(Path(__file__).parents[1] / "handover"))
 
-# Read when huggingface_hub is imported; there is no Xet server for tests.
+# Read when huggingface_hub is imported; only buckets have a Xet server for tests.
 os.environ["HF_HUB_DISABLE_XET"] = "1"
 
 from far import KINDS, Far, far_store
@@ -52,6 +52,12 @@ def hub_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Far]:
         yield started
 
 
+@pytest.fixture(scope="module")
+def bucket_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Far]:
+    with far_store("bucket", tmp_path_factory.mktemp("hub")) as started:
+        yield started
+
+
 def _mended(server: Far) -> Iterator[Far]:
     yield server
     server.proxy.clear()
@@ -71,3 +77,8 @@ def s3(s3_server: Far) -> Iterator[Far]:
 @pytest.fixture
 def hub(hub_server: Far) -> Iterator[Far]:
     yield from _mended(hub_server)
+
+
+@pytest.fixture
+def bucket(bucket_server: Far) -> Iterator[Far]:
+    yield from _mended(bucket_server)

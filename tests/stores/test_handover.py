@@ -145,9 +145,9 @@ def test_a_kill_while_a_checkpoint_comes_is_gone_on_from(lab: Lab, s3: Far, tmp_
 
 
 def test_an_answer_that_was_lost_is_no_other_leg(lab: Lab, far: Far, tmp_path: Path) -> None:
-    """The manifest's PUT (the commit) arrives, its answer does not, and it is repeated."""
+    """The manifest's PUT (a commit, a batch) arrives, its answer does not, and it is repeated."""
     here = lab.task(url=far.url())
-    path = r"/manifest\.json" if far.kind == "s3" else "/commit/main"
+    path = {"s3": r"/manifest\.json", "hub": "/commit/main", "bucket": "/batch"}[far.kind]
     lost = far.proxy.rule(action="swallow", method="PUT|POST", path=path)
     leg = lab.run(here)
     assert lost.hits == 1
@@ -302,7 +302,11 @@ def test_a_leg_waits_for_a_store_that_is_busy_longer_than_libraries_ask(
     leg.wait()
     there = moved(lab, here)
     # At its first look and at its claim. boto3 gives up after 5 tries, the Hub's store after 6.
-    method, path = {"s3": ("GET", "list-type"), "hub": ("POST", "/commit/")}[far.kind]
+    method, path = {
+        "s3": ("GET", "list-type"),
+        "hub": ("POST", "/commit/"),
+        "bucket": ("GET", r"/api/buckets/[^/]+/[^/]+$"),
+    }[far.kind]
     busy = far.proxy.rule(action="status", status=503, method=method, path=path, times=8)
     leg = lab.run(there)
     assert busy.hits == 8

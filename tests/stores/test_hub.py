@@ -173,8 +173,6 @@ def test_a_token_that_may_not_write(hub: Far) -> None:
 def test_options_and_kinds_that_are_unknown(hub: Far) -> None:
     with pytest.raises(ConfigError, match="unknown option 'private'"):
         open_remote(f"{hub.url()}?private=no")
-    with pytest.raises(ConfigError, match="buckets of the Hub have no"):
-        open_remote("hf://buckets/user/name")
 
 
 def test_a_hub_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,7 @@ _URL = click.argument("url")
 
 @click.group()
 def store() -> None:
-    """Look into a store: a folder, s3://bucket/prefix or hf://user/repository."""
+    """Look into a store: a folder, s3://bucket/prefix, hf://user/repository or hf://buckets/user/bucket."""
 
 
 @store.command()

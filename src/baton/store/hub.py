@@ -52,11 +52,6 @@ class HubStore:
         """
         parsed = urlsplit(url)
         parts = [part for part in f"{parsed.netloc}{parsed.path}".split("/") if part]
-        if parts[:1] == ["buckets"]:
-            raise ConfigError(
-                f"store {url!r}: buckets of the Hub have no conditional writes and no history to"
-                " fence legs with; name a repository (hf://user/repository)"
-            )
         kind = _KINDS[parts.pop(0)] if parts and parts[0] in _KINDS else "model"
         if len(parts) < 2:
             raise ConfigError(f"store {url!r}: name a repository: hf://user/repository")

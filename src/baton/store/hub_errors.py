@@ -69,10 +69,11 @@ def explain(error: Exception, *, where: str, doing: str) -> StoreError:
     status = status_of(error)
     if isinstance(error, OfflineModeIsEnabled):
         return StoreRefused(f"{where}: HF_HUB_OFFLINE is set; unset it to use this store")
+    place = "bucket" if where.startswith("hf://buckets/") else "repository"
     refused = {
         401: "the token is not valid; set HF_TOKEN to one that is (`hf auth login`)",
-        403: "the token may not do that; it needs write access to this repository",
-        404: "there is no such repository, or the token may not see it",
+        403: f"the token may not do that; it needs write access to this {place}",
+        404: f"there is no such {place}, or the token may not see it",
     }
     if status in refused:
         return StoreRefused(f"{where}: {doing}: {refused[status]}")

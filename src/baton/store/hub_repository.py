@@ -16,15 +16,8 @@ from typing import Any
 from huggingface_hub import (
     CommitOperationAdd,
     CommitOperationDelete,
-    HfApi,
     get_session,
-    get_token,
     hf_hub_url,
-)
-from huggingface_hub.errors import (
-    EntryNotFoundError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
 )
 from huggingface_hub.utils import (
     build_hf_headers,
@@ -32,17 +25,16 @@ from huggingface_hub.utils import (
     hf_raise_for_status,
 )
 
-from baton.errors import DamagedError, FencedError, NameMissing, StoreRefused
+from baton.errors import DamagedError, FencedError, NameMissing
 from baton.store.commits import CommitBudget
 from baton.store.hub_errors import (
     LONGEST_WAIT_SECONDS,
     explain,
     is_conflict,
     is_of_network,
-    may_pass,
     retry_after,
-    status_of,
 )
+from baton.store.hub_requests import ATTEMPTS, asked, hub_api, require_identity
 from baton.store.partial import PART_BYTES, TRIES, fetch_in_parts
 from baton.store.patience import IMPATIENT, Patience
 
@@ -50,7 +42,6 @@ log = logging.getLogger(__name__)
 
 # Ours alone, never listed: when commits were made, so that all writers share one budget.
 LEDGER = ".baton/commits.json"
-_ATTEMPTS = 6
 _MANY_WRITERS = 30
 
 Operation = CommitOperationAdd | CommitOperationDelete
@@ -86,7 +77,7 @@ class Repository:
 
     def __post_init__(self) -> None:
         disable_progress_bars()
-        self.api = HfApi(endpoint=os.environ.get("HF_ENDPOINT") or None)
+        self.api = hub_api()
         self._place: dict[str, Any] = {"repo_id": self.name, "repo_type": self.kind}
 
     @property
@@ -99,7 +90,7 @@ class Repository:
             try:
                 info = self._ask("looking", lambda: self.api.repo_info(**self._place))
             except NameMissing:
-                self._require_token()
+                require_identity(self.where)
                 self.head, self.files = "", {}
                 return self.files
             if info.sha != self.head:
@@ -194,7 +185,7 @@ class Repository:
                 problem = self._try(title, operations, token) if operations else None
             if problem is None:
                 return
-            if attempt >= (_MANY_WRITERS if is_conflict(problem) else _ATTEMPTS):
+            if attempt >= (_MANY_WRITERS if is_conflict(problem) else ATTEMPTS):
                 raise explain(problem, where=self.where, doing="writing")
             self._wait_out(problem, attempt, urgent=urgent)
             if not is_conflict(problem) and self._has_landed(token):
@@ -275,32 +266,7 @@ class Repository:
         return self.patience.insist(lambda: self._ask_now(doing, request))
 
     def _ask_now(self, doing: str, request: Callable[[], Any]) -> Any:
-        """Make a request, again a few times while the trouble may pass."""
-        for attempt in range(1, _ATTEMPTS + 1):
-            try:
-                return request()
-            except (EntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError) as error:
-                if status_of(error) == 401:
-                    self._require_token()
-                    raise explain(error, where=self.where, doing=doing) from error
-                raise NameMissing(f"{self.where}: {doing}: it is not there") from None
-            except Exception as error:
-                if not is_of_network(error):
-                    raise
-                wait = retry_after(error)
-                last = attempt == _ATTEMPTS or (wait or 0) > LONGEST_WAIT_SECONDS
-                if last or not may_pass(error):
-                    raise explain(error, where=self.where, doing=doing) from error
-                time.sleep(wait if wait is not None else 0.1 * 2**attempt)
-        raise AssertionError("every attempt returns or raises")
-
-    def _require_token(self) -> None:
-        """The Hub says "not found" to strangers as well."""
-        if get_token() is None:
-            raise StoreRefused(
-                f"{self.where}: there is no token; set HF_TOKEN or run `hf auth login`"
-            )
-        self._ask("asking who we are", self.api.whoami)
+        return asked(request, where=self.where, doing=doing)
 
 
 def _is_it(file: HubFile, data: bytes) -> bool:

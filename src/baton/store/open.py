@@ -11,7 +11,7 @@ from baton.store.base import Remote, Store
 from baton.store.local import LocalStore
 from baton.store.patience import IMPATIENT, Patience
 
-_KINDS = "a folder, s3://bucket/prefix or hf://user/repository"
+_KINDS = "a folder, s3://bucket/prefix, hf://user/repository or hf://buckets/user/bucket"
 
 
 def open_store(url: str) -> Store:
@@ -39,6 +39,10 @@ def open_remote(url: str, patience: Patience = IMPATIENT) -> Remote:
         from baton.store.s3 import S3Store
 
         return S3Store.open(url, patience)
+    if url.startswith("hf://buckets/"):
+        from baton.store.hub_objects import HubBucketStore
+
+        return HubBucketStore.open(url, patience)
     if kind == "hf":
         from baton.store.hub import HubStore
 
