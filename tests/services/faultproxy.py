@@ -65,6 +65,8 @@ class FaultProxy:
 
     def __enter__(self) -> FaultProxy:
         self._lock = threading.Lock()
+        # asyncio itself keeps no reference to a connection that waits.
+        self._serving: set[Any] = set()
         started = threading.Event()
         self._loop = asyncio.new_event_loop()
 
@@ -126,6 +128,7 @@ class FaultProxy:
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         there: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
+        self._serving.add(task := asyncio.current_task())
         try:
             while True:
                 line, headers, raw = await _head(reader)
@@ -149,9 +152,10 @@ class FaultProxy:
                     there = await asyncio.open_connection(self.host, self.port, limit=1 << 20)
                 if not await _exchange(method, raw, headers, reader, writer, there, rule):
                     return
-        except (asyncio.IncompleteReadError, ConnectionError, OSError):
+        except (asyncio.IncompleteReadError, asyncio.CancelledError, ConnectionError, OSError):
             pass
         finally:
+            self._serving.discard(task)
             for each in (writer, there[1] if there else None):
                 if each is not None:
                     with contextlib.suppress(OSError, RuntimeError):
