@@ -164,6 +164,8 @@ class HubStore:
             gone = {self._path(name) for name in batch.deletes} & files.keys() - adds.keys()
             return [*adds.values(), *(CommitOperationDelete(path) for path in sorted(gone))]
 
+        if batch.lease is not None:
+            self.repository.begin(self._path(batch.lease[0]), batch.lease[1])
         self.repository.commit(batch.message, build, urgent=batch.urgent)
         if batch.lease is not None:
             self.repository.remember(self._path(batch.lease[0]), batch.lease[1])

@@ -58,8 +58,9 @@ class HubBucket:
     is_private: bool = True
     query: str = ""
     patience: Patience = IMPATIENT
-    # Xet hashes of what this process wrote: what a lease must still be to be renewed.
-    _written: dict[str, str] = field(default_factory=dict)
+    # Xet hashes of what this process wrote or may have written, where no answer came: one of
+    # them a lease must still be to be renewed.
+    _written: dict[str, set[str]] = field(default_factory=dict)
     _renewing: threading.Lock = field(default_factory=threading.Lock)
     _is_there: bool = False
 
@@ -155,10 +156,11 @@ class HubBucket:
     def renew(self, key: str, data: bytes, what: str) -> None:
         # A heartbeat and a checkpoint may both renew it.
         with self._renewing:
-            if (seen := self._written.get(key)) is not None:
+            if (ours := self._written.get(key)) is not None:
                 found = self._find(key)
-                if found is None or found.xet_hash not in (seen, _xet_hash(data)):
+                if found is None or found.xet_hash not in ours:
                     raise FencedError(f"{what} was taken over by somebody else")
+                ours.add(_xet_hash(data))
             self.put({key: data})
 
     def delete(self, keys: Sequence[str]) -> None:
@@ -245,7 +247,7 @@ class HubBucket:
     def _remember(self, items: Mapping[str, bytes | Path]) -> None:
         for key, data in items.items():
             if isinstance(data, bytes):
-                self._written[key] = _xet_hash(data)
+                self._written[key] = {_xet_hash(data)}
 
     def _change(self, doing: str, **what: Any) -> None:
         self.patience.insist(lambda: self._change_now(doing, **what))

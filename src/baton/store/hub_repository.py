@@ -72,7 +72,8 @@ class Repository:
     files: dict[str, HubFile] = field(default_factory=dict)
     budget: CommitBudget = field(default_factory=CommitBudget.from_environment)
     patience: Patience = IMPATIENT
-    _ours: dict[str, str] = field(default_factory=dict)
+    # By lease, what this process wrote or may have written, where no answer came.
+    _ours: dict[str, set[str]] = field(default_factory=dict)
     _lock: threading.RLock = field(default_factory=threading.RLock)
 
     def __post_init__(self) -> None:
@@ -162,13 +163,19 @@ class Repository:
         self.patience.insist(insisted)
 
     def require_ours(self, files: Files, path: str) -> None:
-        """Raise `FencedError` if a lease is not what this process last wrote."""
+        """Raise `FencedError` if a lease is not what this process wrote."""
         ours = self._ours.get(path)
-        if ours is not None and (path not in files or files[path].oid != ours):
+        if ours is not None and (path not in files or files[path].oid not in ours):
             raise FencedError(f"{self.where}: {path} was taken over by somebody else")
 
+    def begin(self, path: str, data: bytes) -> None:
+        """A lease is about to be written, which may succeed and look as if it had not."""
+        if path in self._ours:
+            self._ours[path].add(_git_oid(data))
+
     def remember(self, path: str, data: bytes) -> None:
-        self._ours[path] = _git_oid(data)
+        """A lease was written."""
+        self._ours[path] = {_git_oid(data)}
 
     def squash(self) -> None:
         self._ask("squashing", lambda: self.api.super_squash_history(**self._place))

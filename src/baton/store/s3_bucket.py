@@ -60,6 +60,8 @@ class S3Bucket:
     # ETags of small objects that this process wrote: what a lease must still be to be renewed.
     _written: dict[str, str] = field(default_factory=dict)
     _renewing: threading.Lock = field(default_factory=threading.Lock)
+    # By key, tokens of renewals that may have arrived though no answer came.
+    _unsure: dict[str, set[str]] = field(default_factory=dict)
     _can: Conditions | None = None
     _over_tls: bool = field(init=False)
 
@@ -186,11 +188,19 @@ class S3Bucket:
             if seen is None or not self.can.match:
                 self._put_noted(key, data)
                 return
-            match = seen if self.can.quoted else seen.strip('"')
+            token, ours = os.urandom(8).hex(), self._unsure.setdefault(key, set())
+            ours.add(token)
             try:
-                self._put_once(key, data, os.urandom(8).hex(), {"IfMatch": match})
+                try:
+                    self._put_once(key, data, token, self._if_match(seen))
+                except NameTaken:
+                    found = self._head(key)
+                    if found is None or found["Metadata"].get(_TOKEN) not in ours:
+                        raise
+                    self._put_once(key, data, token, self._if_match(str(found["ETag"])))
             except (NameTaken, NameMissing):
                 raise FencedError(f"{what} was taken over by somebody else") from None
+            ours.clear()
 
     def delete(self, keys: Sequence[str]) -> None:
         def delete(key: str) -> None:
@@ -226,6 +236,9 @@ class S3Bucket:
                 self.create(key, file.read())
             else:
                 self._put_noted(key, file.read())
+
+    def _if_match(self, etag: str) -> dict[str, str]:
+        return {"IfMatch": etag if self.can.quoted else etag.strip('"')}
 
     def _put_noted(self, key: str, data: bytes) -> str:
         """Write an object and remember its ETag."""

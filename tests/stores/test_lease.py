@@ -1,0 +1,39 @@
+"""What a leg's renewal of its lease must survive, on every kind of remote store."""
+
+from __future__ import annotations
+
+import pytest
+from far import Far
+
+from baton.errors import FencedError, StoreError
+from baton.store.base import Batch
+from baton.store.open import open_remote
+
+LEASE = "legs/001.json"
+
+
+def test_a_renewal_that_arrived_and_was_never_answered_is_ours(far: Far) -> None:
+    """The network breaks down after a request: what is there later is no other leg's."""
+    store = open_remote(far.url())
+    store.write(LEASE, b"1", exclusive=True)
+    store.commit(Batch(message="", lease=(LEASE, b"2")))
+    method, path = {
+        "s3": ("PUT", LEASE),
+        "hub": (".*", "/commits?/"),
+        "bucket": ("POST", "/batch"),
+    }[far.kind]
+    lost = far.proxy.rule(action="swallow", method=method, path=path)
+    far.proxy.rule(action="status", status=400, method=method, path=path, times=100)
+    for data in (b"3", b"4"):
+        with pytest.raises(StoreError) as raised:
+            store.commit(Batch(message="", lease=(LEASE, data)))
+        assert not isinstance(raised.value, FencedError)
+    assert lost.hits == 1
+    far.proxy.clear()
+    assert open_remote(store.url).read(LEASE) == b"3"
+    store.commit(Batch(message="", lease=(LEASE, b"5")))
+    assert store.read(LEASE) == b"5"
+    # What was ours once is not for ever.
+    open_remote(store.url).write(LEASE, b"3")
+    with pytest.raises(FencedError):
+        store.commit(Batch(message="", lease=(LEASE, b"6")))
