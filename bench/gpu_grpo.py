@@ -117,7 +117,8 @@ def prepared(args: argparse.Namespace, folder: Path) -> Any:
     """A leg at the beginning of the grpo stage: data, model and one supervised step are there."""
     from baton.config.decode import decode
     from baton.handover import StopSignal
-    from baton.legs import this_runner, utc_now
+    from baton.identity import this_runner
+    from baton.legs import utc_now
     from baton.pipelines.questions_gen.config import QuestionsGen
     from baton.record import LegRecord
     from baton.runner import TaskRunner, task_store

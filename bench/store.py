@@ -26,7 +26,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "services"))
 from faultproxy import FaultProxy
 from s3 import BUCKET, S3Server, s3_server
 
-from baton.legs import this_runner, utc_now
+from baton.identity import this_runner
+from baton.legs import utc_now
 from baton.record import LegRecord
 from baton.store.base import Batch, Listed
 from baton.store.checkpoint import Checkpoints, Retention
