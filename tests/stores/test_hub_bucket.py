@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -172,6 +173,16 @@ def test_a_claim_of_another_machine_is_waited_for_until_it_is_old(
     found = files(bucket, store)
     assert set(found) == {"first", "claim"}
     assert found["claim"].uploaded - left.uploaded > 1.0
+
+
+def test_what_nobody_finished_is_swept_after_a_day(bucket: Far, store: HubBucketStore) -> None:
+    store.write("first", b"")
+    now = time.time()
+    for name, age in (("claims/x/y", 90_000), ("staged/z", 90_000), ("staged/new", 80_000)):
+        files(bucket, store)[f".baton/{name}"] = File("0" * 64, 0, now - age)
+    assert store.sweep_uploads() == [".baton/claims/x/y", ".baton/staged/z"]
+    assert store.sweep_uploads() == []
+    assert set(files(bucket, store)) == {"first", ".baton/staged/new"}
 
 
 def test_of_many_threads_with_stores_of_their_own_one_wins(store: HubBucketStore) -> None:

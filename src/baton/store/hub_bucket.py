@@ -19,6 +19,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -168,6 +169,18 @@ class HubBucket:
         with contextlib.suppress(NameMissing):
             self._change("deleting", delete=keys)
 
+    def sweep(self, older_than_seconds: float) -> list[str]:
+        """Remove what processes that died have left of exclusive writes; returns its keys."""
+        now = datetime.now(UTC)
+        left = [
+            file.path
+            for file in self._tree(HIDDEN)
+            if (now - _since(file)).total_seconds() > older_than_seconds
+        ]
+        if left:
+            self.delete(left)
+        return left
+
     # --- one of several writers ----------------------------------------------------------------
 
     def _create(self, key: str, digest: str, **how: Any) -> None:
@@ -221,7 +234,7 @@ class HubBucket:
             self._change_now("tidying up", delete=names)
 
     def _is_alone(self, folder: str, mine: str) -> bool:
-        found = {file.path: file.uploaded_at for file in self._tree_now(folder)}
+        found = {file.path: _since(file) for file in self._tree_now(folder)}
         if (now := found.pop(mine, None)) is None:
             return False
         # Ages are by the server's clock, as ours is.
@@ -320,6 +333,12 @@ class HubBucket:
 
     def _ask(self, doing: str, request: Callable[[], Any]) -> Any:
         return self.patience.insist(lambda: asked(request, where=self.where, doing=doing))
+
+
+def _since(file: Any) -> datetime:
+    """When it was stored, by the server's clock; else by the writer's."""
+    moment = file.uploaded_at or file.mtime
+    return moment if moment is not None else datetime.now(UTC)
 
 
 def _this_claim() -> str:

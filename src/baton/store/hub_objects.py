@@ -13,6 +13,8 @@ from baton.store.hub_bucket import HubBucket
 from baton.store.objects import ObjectStore
 from baton.store.patience import IMPATIENT, Patience
 
+_STALE_SECONDS = 86_400.0
+
 
 class HubBucketStore(ObjectStore):
     """What comes back is compared with the hash that Xet calls it by."""
@@ -26,6 +28,10 @@ class HubBucketStore(ObjectStore):
     @property
     def url(self) -> str:
         return super().url + self._bucket.query
+
+    def sweep_uploads(self) -> list[str]:
+        """Remove what was begun for an exclusive write a day ago; returns its keys."""
+        return self._bucket.sweep(_STALE_SECONDS)
 
     @classmethod
     def open(cls, url: str, patience: Patience = IMPATIENT) -> HubBucketStore:
