@@ -450,6 +450,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         raw: bytes | None = None,
     ) -> None:
         body = raw if raw is not None else b"" if values is None else json.dumps(values).encode()
+        # Before the client can look.
+        self.hub.log.append((self.command, self.path, status))
         self.send_response(status)
         if values is not None:
             self.send_header("Content-Type", "application/json")
@@ -459,7 +461,6 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         self.end_headers()
         if self.command != "HEAD":
             self.wfile.write(body)
-        self.hub.log.append((self.command, self.path, status))
 
     def fail(
         self,

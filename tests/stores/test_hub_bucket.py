@@ -48,8 +48,8 @@ def files(bucket: Far, store: HubBucketStore) -> dict[str, File]:
 
 
 def asked(bucket: Far, part: str) -> int:
-    assert bucket.hub is not None
-    return sum(1 for _, path, _ in bucket.hub.log if part in path)
+    """How many requests had this in their path."""
+    return sum(1 for _, path, _ in bucket.proxy.log if part in path)
 
 
 def test_looking_creates_no_bucket(bucket: Far, store: HubBucketStore) -> None:
