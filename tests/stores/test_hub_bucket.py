@@ -150,11 +150,13 @@ def test_a_claim_is_respected_while_its_process_lives_and_no_longer(
     impatient = open_remote(store.url, Patience(should_stop=lambda: True))
     with pytest.raises(StoreBusy, match="others are at it, too"):
         impatient.write("claim", b"second", exclusive=True)
+    impatient.write("another", b"", exclusive=True)
     other.kill()
     other.communicate()
     assert any("/claims/" in path for path in files(bucket, store)), "it died in the middle"
     store.write("claim", b"second", exclusive=True)
-    assert set(files(bucket, store)) == {"first", "claim"}, "what it left was tidied up"
+    assert set(store.names()) == {"first", "another", "claim"}
+    assert not any("/claims/" in path for path in files(bucket, store)), "it was tidied up"
 
 
 def test_a_claim_of_another_machine_is_waited_for_until_it_is_old(

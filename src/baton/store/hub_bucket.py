@@ -3,8 +3,9 @@
 Files go through Xet, which sends only chunks that the Hub does not have. A bucket has no
 conditional writes: where only one writer may win, each first writes a claim under a name of its
 own and then lists all claims. It goes on only if its own is the only one. Of two that meet, the
-later listing shows both, so never do both go on. A claim of a process that died is passed over:
-at once on its own machine, after a while on another.
+later listing shows both, so never do both go on: the earlier one waits, the other takes its
+claim back. A claim of a process that died is passed over: at once on its own machine, after a
+while on another.
 """
 
 from __future__ import annotations
@@ -223,8 +224,7 @@ class HubBucket:
         mine, begun = f"{folder}{_this_claim()}", time.monotonic()
         self._change_now("claiming", add={mine: b"claim"})
         try:
-            is_alone = self._is_alone(folder, mine)
-            yield is_alone and time.monotonic() < begun + _STALE_SECONDS / 2
+            yield self._is_alone(folder, mine, until=begun + _STALE_SECONDS / 2)
         finally:
             self._tidy([mine])
 
@@ -233,19 +233,30 @@ class HubBucket:
         with contextlib.suppress(StoreError):
             self._change_now("tidying up", delete=names)
 
-    def _is_alone(self, folder: str, mine: str) -> bool:
-        found = {file.path: _since(file) for file in self._tree_now(folder)}
-        if (now := found.pop(mine, None)) is None:
-            return False
-        # Ages are by the server's clock, as ours is.
-        dead = [
-            path
-            for path, begun in found.items()
-            if (now - begun).total_seconds() > _STALE_SECONDS or _is_dead(path)
-        ]
-        if dead:
-            self._tidy(dead)
-        return len(dead) == len(found)
+    def _is_alone(self, folder: str, mine: str, *, until: float) -> bool:
+        """Is ours the only claim, at once or as soon as later ones were taken back?"""
+        wait = 0.05
+        while True:
+            found = {file.path: _since(file) for file in self._tree_now(folder)}
+            if (now := found.pop(mine, None)) is None:
+                return False
+            # Ages are by the server's clock, as ours is.
+            dead = [
+                path
+                for path, begun in found.items()
+                if (now - begun).total_seconds() > _STALE_SECONDS or _is_dead(path)
+            ]
+            if dead:
+                self._tidy(dead)
+            others = [(begun, path) for path, begun in found.items() if path not in dead]
+            if time.monotonic() > until:
+                return False
+            if not others:
+                return True
+            if min(others) < (now, mine) or self.patience.should_stop():
+                return False
+            time.sleep(wait)
+            wait = min(2 * wait, 1.0)
 
     # --- requests ------------------------------------------------------------------------------
 
