@@ -212,7 +212,7 @@ def baton(home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFix
             ["plan", "qa", "--store", "gs://bucket/x"],
             [
                 "error: store 'gs://bucket/x': baton does not know gs://; name a folder,"
-                " s3://bucket/prefix or hf://user/repository"
+                " s3://bucket/prefix, hf://user/repository or hf://buckets/user/bucket"
             ],
             id="store of another kind",
         ),
@@ -455,7 +455,7 @@ def test_run_refuses_a_store_of_another_kind(home: Path) -> None:
     assert said.status == 78
     assert said.lines == [
         "error: store 'gs://bucket/x': baton does not know gs://; name a folder,"
-        " s3://bucket/prefix or hf://user/repository"
+        " s3://bucket/prefix, hf://user/repository or hf://buckets/user/bucket"
     ]
 
 
