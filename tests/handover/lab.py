@@ -17,6 +17,9 @@ from typing import Any
 from zygote import LEG_SECONDS, Leg, Zygote
 
 from baton.config.home import scratch_folder
+from baton.identity import this_runner
+from baton.legs import utc_now
+from baton.record import LegRecord
 from baton.store.task_names import position_of
 
 HERE = Path(__file__).parent
@@ -48,6 +51,18 @@ _NOT_OF_THE_PLAN = re.compile(
 )
 # Figures of an eval record that measure the machine.
 _MEASURED = ("training", "generation", "environment")
+
+
+def first_leg(task: str) -> LegRecord:
+    """The record of a task's first leg, run by this very process."""
+    return LegRecord(
+        task=task,
+        number=1,
+        state="active",
+        runner=this_runner(),
+        started=utc_now(),
+        position=[0, 0, 0],
+    )
 
 
 @dataclass(frozen=True)

@@ -8,12 +8,9 @@ from pathlib import Path
 
 import pytest
 from far import Far
-from lab import Lab
+from lab import Lab, first_leg
 
-from baton.identity import this_runner
-from baton.legs import utc_now
 from baton.pipelines import PIPELINES
-from baton.record import LegRecord
 from baton.store.archive import blob_name, is_blob
 from baton.store.base import Batch
 from baton.store.checkpoint import sha256_of
@@ -66,14 +63,7 @@ def test_what_another_machine_wrote_over_is_written_again(
     """Of two histories that end at the same place, the store must not mix the files."""
     task = lab.task(url=far.url())
     first, second = (far.mirror(task, tmp_path / name) for name in ("first", "second"))
-    leg = LegRecord(
-        task=task.name,
-        number=1,
-        state="active",
-        runner=this_runner(),
-        started=utc_now(),
-        position=[0, 0, 0],
-    )
+    leg = first_leg(task.name)
     assert content != LARGE or is_blob(first.version, len(content)) or far.kind == "hub"
 
     def work(mirror: Mirror, number: int, **files: bytes) -> None:
@@ -98,14 +88,7 @@ def test_what_another_machine_wrote_over_is_written_again(
 def test_a_leg_on_the_same_machine_sends_nothing_twice(lab: Lab, s3: Far, tmp_path: Path) -> None:
     task = lab.task(url=s3.url())
     mirror = s3.mirror(task, tmp_path / "here")
-    leg = LegRecord(
-        task=task.name,
-        number=1,
-        state="active",
-        runner=this_runner(),
-        started=utc_now(),
-        position=[0, 0, 0],
-    )
+    leg = first_leg(task.name)
     mirror.commit(Batch(message="begins"), leg)
     mirror.pull(STAGES, leg=1)
     mirror.local.write("data/it", b"it")
@@ -149,14 +132,7 @@ def replace_machine(mirror: Mirror, folder: Path) -> Mirror:
 
 def send_compiled(mirror: Mirror) -> None:
     """A leg's compiled code goes to the store, as any finished file does, with a stage."""
-    leg = LegRecord(
-        task=mirror.task,
-        number=1,
-        state="active",
-        runner=this_runner(),
-        started=utc_now(),
-        position=[0, 0, 0],
-    )
+    leg = first_leg(mirror.task)
     mirror.commit(Batch(message="begins"), leg)
     mirror.local.write("compiled/torch.bin", LARGE)
     mirror.local.write("data/done.json", b"{}")

@@ -9,13 +9,11 @@ from pathlib import Path
 
 import pytest
 from far import Far
-from lab import Lab
+from lab import Lab, first_leg
 
 from baton.handover import StopSignal
-from baton.identity import this_runner
 from baton.legs import utc_now
 from baton.plan import Plan
-from baton.record import LegRecord
 from baton.stage import Alone, Leg
 from baton.store.checkpoint import Checkpoints, Retention
 from baton.store.local import LocalStore
@@ -43,14 +41,7 @@ def save(mirror: Mirror, folder: Path, *steps: int) -> None:
 
 def send(mirror: Mirror, s3: Far, retention: Retention | None) -> list[int]:
     """What an uploader sends; the steps in the order in which they were complete in the store."""
-    record = LegRecord(
-        task="task",
-        number=1,
-        state="active",
-        runner=this_runner(),
-        started=utc_now(),
-        position=[0, 0, 0],
-    )
+    record = first_leg("task")
     s3.proxy.log.clear()
     uploader = Uploader(mirror=mirror, stages=STAGES, record=lambda: record)
     if retention is not None:
@@ -134,14 +125,7 @@ def test_a_legs_durable_step_is_that_of_the_stage_it_trains(
     task = lab.task(url=s3.url())
     mirror = s3.mirror(task, tmp_path / "here")
     plan = Plan.from_json(task.plan.read_bytes(), where="plan")
-    record = LegRecord(
-        task=task.name,
-        number=1,
-        state="active",
-        runner=this_runner(),
-        started=utc_now(),
-        position=[0, 0, 0],
-    )
+    record = first_leg(task.name)
     leg = Leg(
         plan=plan,
         task=plan.tasks[0],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import re
@@ -183,3 +184,12 @@ def explained(error: OSError, doing: str) -> StoreError:
         errno.EACCES: "permission denied; choose another place with --store or mend its owner",
     }.get(error.errno or 0, os.strerror(error.errno or 0))
     return StoreError(f"{doing}: {advice}")
+
+
+@contextlib.contextmanager
+def writing(target: Path) -> Iterator[None]:
+    """While a file is written here: what the system refuses becomes a `StoreError` with advice."""
+    try:
+        yield
+    except OSError as error:
+        raise explained(error, f"writing {target}") from error

@@ -97,7 +97,7 @@ class HubBucket:
         for _ in range(TRIES):
             found = self._require(key, what)
             data = self.get_range(key, 0, found.size, what)
-            if found.size == 0 or _xet_hash(data) == found.xet_hash:
+            if _is_it(data, found):
                 return data
         raise DamagedError(f"{what}: the bytes there are not what was saved")
 
@@ -130,7 +130,7 @@ class HubBucket:
                 what=what,
                 read=lambda start, length: self.get_range(key, start, length, what),
             )
-            if found.size == 0 or _xet_hash(target) == found.xet_hash:
+            if _is_it(target, found):
                 return
             target.unlink()
         raise DamagedError(f"{what}: the bytes that arrive are not what was saved")
@@ -344,6 +344,10 @@ class HubBucket:
 
     def _ask(self, doing: str, request: Callable[[], Any]) -> Any:
         return self.patience.insist(lambda: asked(request, where=self.where, doing=doing))
+
+
+def _is_it(content: bytes | Path, found: Any) -> bool:
+    return bool(found.size == 0 or _xet_hash(content) == found.xet_hash)
 
 
 def _since(file: Any) -> datetime:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Self
 
 from baton.errors import NameMissing, NameTaken
-from baton.store.base import Batch, Listed, Wanted, check_name, explained
+from baton.store.base import Batch, Listed, Wanted, check_name, explained, writing
 
 # Unfinished writes live here, on the same file system as what they will become.
 INCOMING = ".incoming"
@@ -52,7 +52,7 @@ class LocalStore:
 
     def write(self, name: str, data: bytes, *, exclusive: bool = False) -> None:
         target = self.path(name)
-        with _storing(target), self._incoming() as beside:
+        with writing(target), self._incoming() as beside:
             with open(beside, "wb") as file:
                 file.write(data)
                 file.flush()
@@ -61,7 +61,7 @@ class LocalStore:
 
     def upload(self, source: Path, name: str) -> None:
         target = self.path(name)
-        with _storing(target), self._incoming() as beside:
+        with writing(target), self._incoming() as beside:
             _link_or_copy(source, beside)
             _give_name(beside, target, exclusive=True)
 
@@ -69,7 +69,7 @@ class LocalStore:
         """As promised by `Store`; on one file system the target is a hard link: only read it."""
         source = self.path(name)
         beside = target.with_name(f"{target.name}.part")
-        with _storing(target):
+        with writing(target):
             target.parent.mkdir(parents=True, exist_ok=True)
             beside.unlink(missing_ok=True)
             try:
@@ -87,7 +87,7 @@ class LocalStore:
 
     def delete(self, name: str) -> None:
         target = self.path(name)
-        with _storing(target):
+        with writing(target):
             target.unlink(missing_ok=True)
         # Empty folders would clutter `ls`; another process may be filling one, so only try.
         folder = target.parent
@@ -213,11 +213,3 @@ def _sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-@contextlib.contextmanager
-def _storing(target: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise explained(error, f"writing {target}") from error

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol, Self
 
 from baton.errors import DamagedError, NameMissing, NameTaken
-from baton.store.base import Batch, Listed, Wanted, check_name, explained
+from baton.store.base import Batch, Listed, Wanted, check_name, writing
 from baton.store.parallel import all_of
 from baton.store.partial import PART_BYTES, fetch_in_parts
 
@@ -105,7 +104,7 @@ class ObjectStore:
         self._bucket.create(key, source)
 
     def download(self, name: str, target: Path) -> None:
-        with _writing(target):
+        with writing(target):
             self._bucket.download(self._key(name), self._what(name), target)
 
     def names(self, prefix: str = "") -> Iterator[str]:
@@ -166,7 +165,7 @@ class ObjectStore:
             raise NameMissing(f"{what}: nothing is stored there")
         if size != file.size:
             raise DamagedError(f"{what} is {size:,} bytes, manifest says {file.size:,}")
-        with _writing(file.target):
+        with writing(file.target):
             fetch_in_parts(
                 file.target,
                 size=size,
@@ -180,11 +179,3 @@ class ObjectStore:
 
     def _what(self, name: str) -> str:
         return f"{self.url}: {name}"
-
-
-@contextlib.contextmanager
-def _writing(target: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise explained(error, f"writing {target}") from error
