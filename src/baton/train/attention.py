@@ -152,7 +152,9 @@ def _varlen(
 ) -> torch.Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
-    q, k, v = (x.transpose(1, 2).squeeze(0) for x in (query, key, value))
+    # Under autocast values come from a product in 16 bits, but float32 angles turn queries and keys
+    # of a float32 model to float32 again, which the kernel does not take.
+    q, k, v = (x.transpose(1, 2).squeeze(0).to(value.dtype) for x in (query, key, value))
     # The kernel shares key and value heads by itself; torch 2.11 takes no word for it.
     shares = {"enable_gqa": True} if _TAKES_GQA and q.shape[1] != k.shape[1] else {}
     out: torch.Tensor = varlen_attn(

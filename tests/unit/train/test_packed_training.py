@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from pathlib import Path
 
 import pytest
@@ -227,6 +228,41 @@ def test_attention_without_lengths_is_one_causal_sample():
     expected = torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True)
     assert weights is None
     assert torch.allclose(out.transpose(1, 2), expected, atol=1e-6)
+
+
+def flash(q, k, v, *, cu_seq_q, window_size, scale, **_):
+    """What the GPU's kernel does, and refuses, by torch's other attention."""
+    if {q.dtype, k.dtype, v.dtype} - {torch.float16, torch.bfloat16}:
+        raise RuntimeError("FlashAttention only support fp16 and bf16 data type")
+    assert window_size == (-1, 0)
+    pieces = [
+        torch.nn.functional.scaled_dot_product_attention(
+            *(x[start:end].transpose(0, 1)[None] for x in (q, k, v)),
+            is_causal=True, scale=scale, enable_gqa=True,
+        )[0].transpose(0, 1)
+        for start, end in itertools.pairwise(cu_seq_q.tolist())
+        if end > start
+    ]  # fmt: skip
+    return torch.cat(pieces)
+
+
+@pytest.mark.parametrize("name", ["qwen2", "llama", "qwen3", "gpt_neox", "gemma", "gpt2"])
+def test_a_float32_model_trains_with_the_gpus_kernel_under_autocast(name, tiny, drawn, monkeypatch):
+    # The kernel itself is in torch builds for CPUs, too, but runs on none.
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", flash)
+    learner = tiny(name, "full").learner()
+    source = drawn(3)
+    loss = CausalLoss(learner.network, compute_dtype=torch.bfloat16)
+    found = []
+    for pad_to in (None, 16):
+        learner.model.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            value = loss(collate(source, [0, 1, 2], device=CPU, pad_to=pad_to))
+        value.backward()
+        found.append((value.item(), gradients(learner.model)))
+    (by_pieces, theirs), (by_kernel, ours) = found
+    assert by_kernel == pytest.approx(by_pieces, rel=1e-3)
+    agree(ours, theirs, relative=0.05)
 
 
 def test_a_padded_pack_has_edges_and_pads_without_labels(samples):
