@@ -37,6 +37,8 @@ stage2: {max_length: 512, top_k: 2, train: *train}
 stage3: {max_length: 512, top_k: 2, train: *train}
 eval: {generate: {max_new_tokens: 8}, systems: [clara]}
 """
+# The share of the memory that a task took which it is then given.
+SHORT = 0.6
 # Set before anything is on the GPU; what torch then refuses is an ordinary lack of memory.
 LIMITED = """\
 import sys, torch
@@ -70,7 +72,7 @@ class Run:
 
 
 def memory(folder: Path, *, tiny: bool) -> None:
-    """One task with all of the GPU, and the same with two fifths of what it took."""
+    """One task with all of the GPU, and the same with three fifths of what it took."""
     experiment = write(folder, tiny=tiny)
     print("\nout of memory: a micro-batch of 16 samples, through all three stages", flush=True)
     free = run(experiment, folder / "free")
@@ -81,8 +83,8 @@ def memory(folder: Path, *, tiny: bool) -> None:
     import torch
 
     total = torch.cuda.get_device_properties(0).total_memory
-    short = run(experiment, folder / "short", fraction=0.4 * free.peak_bytes / total)
-    _say(f"at most {0.4 * free.peak_bytes / 2**30:.2f} GiB", short)
+    short = run(experiment, folder / "short", fraction=SHORT * free.peak_bytes / total)
+    _say(f"at most {SHORT * free.peak_bytes / 2**30:.2f} GiB", short)
     for line in short.output.splitlines():
         if "out of memory" in line:
             print(f"    {line}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import logging
 import os
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -206,6 +207,8 @@ class TaskRunner:
             leg.start_over(stage=stage.name)
             leg.log("stage started")
             outcome = self._run_stage(leg, stage)
+            # Models hold themselves in cycles; the next stage needs their memory.
+            gc.collect()
             if outcome is Outcome.HANDED_OVER:
                 return outcome
             if leg.is_first:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import itertools
 import json
 import shutil
@@ -141,8 +140,6 @@ def _fetch_best(leg: Leg, ranks: Ranks, stage: str) -> int:
 
 
 def _load(leg: Leg, ranks: Ranks, exam: Exam) -> Learner:
-    # What was sharded for training is held by cycles; its memory is needed now.
-    gc.collect()
     model = exam.model or TaskModel.of(leg)
     learner = model.learner(ranks.device, packed=False)
     learner.model.eval()
