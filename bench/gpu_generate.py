@@ -41,7 +41,7 @@ def prompts() -> list[list[int]]:
 def load(method: str | None, attention: str = "sdpa") -> Any:
     import torch
 
-    from gpu_sft import QWEN25_3B, weights
+    from sft_samples import QWEN25_3B, weights
 
     place = weights(QWEN25_3B)
     if method is None:

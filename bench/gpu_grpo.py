@@ -25,7 +25,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from gpu_sft import QWEN25_3B
+from sft_samples import QWEN25_3B
 
 REPOSITORY = Path(__file__).parents[1]
 MODEL = QWEN25_3B | {"model_type": "qwen2", "max_position_embeddings": 32768}

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from gpu_sft import QWEN25_3B
+from sft_samples import QWEN25_3B
 
 MODEL = QWEN25_3B | {"model_type": "qwen2", "max_position_embeddings": 32768}
 

@@ -1,10 +1,11 @@
 """Supervised fine-tuning on a GPU: the training loop beside its peers, each in a fresh process.
 
-    python bench/gpu_sft.py [lora_planned qlora_planned lora qlora lora_memory qlora_memory raft
-                             raft_memory_1 raft_memory_2 raft_memory_4 raft_dropout
-                             raft_memory_4_dropout
-                             full full_sharded lora_sharded
-                             reference trl trainer] [--steps 16] [--gpus 2]
+    python bench/gpu_sft.py [lora_planned qlora_planned trl unsloth ...] [--steps 16] [--gpus 2]
+
+Ours: lora_planned, qlora_planned, lora, qlora, lora_memory, qlora_memory, lora_deterministic,
+raft, raft_memory_1, raft_memory_2, raft_memory_4, raft_dropout, raft_memory_4_dropout, full,
+full_sharded, lora_sharded. Peers, each of which needs its package (and `trl` liger-kernel): trl,
+trl_qlora, unsloth, unsloth_qlora, trainer, trainer_qlora, trainer_guide. Without names: all.
 
 Random weights of the published shape; samples of random tokens with lognormal lengths (median
 230, sigma 0.6, 32 to 1,024), of which a quarter is prompt, or of 4,096 tokens for `raft`
@@ -12,17 +13,16 @@ Random weights of the published shape; samples of random tokens with lognormal l
 `full` trains all weights; `full_sharded` and `lora_sharded` share them out over the processes of
 `--gpus` (with one process they are whole). The peak of memory is that of one process.
 Prints, for each arm, real tokens a second after the first steps, the peak of memory, the wall
-time with loading and compiling, and loss and gradient norm of the first step, which every arm
-shares with `reference`: PEFT and transformers in float32. `trl` and `trainer` need those packages
-(and liger-kernel); they train on the same samples at their best documented setting and at the
-one that guides give.
+time with loading and compiling, and loss and gradient norm of the first step beside those that
+PEFT and transformers have in float32 for the same samples: `off` where they lie further apart than
+16 bits explain. The exit status is then 1, and if an arm fails.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
-import math
 import os
 import shutil
 import subprocess
@@ -36,54 +36,13 @@ from typing import Any, Literal
 
 import numpy as np
 
-QWEN25_3B = {
-    "hidden_size": 2048,
-    "intermediate_size": 11008,
-    "num_hidden_layers": 36,
-    "num_attention_heads": 16,
-    "num_key_value_heads": 2,
-    "vocab_size": 151936,
-    "tie_word_embeddings": True,
-}
-QWEN25_7B = {
-    "hidden_size": 3584,
-    "intermediate_size": 18944,
-    "num_hidden_layers": 28,
-    "num_attention_heads": 28,
-    "num_key_value_heads": 4,
-    "vocab_size": 152064,
-    "tie_word_embeddings": False,
-}
+from sft_peers import PEERS, keep_first_step, reference
+from sft_samples import QWEN25_3B, QWEN25_7B, Samples, question_lengths, weights
+
 WARM_STEPS = 6
-
-
-class Samples:
-    """A `TokenSource` of random tokens."""
-
-    def __init__(self, lengths: np.ndarray[Any, Any], vocabulary: int) -> None:
-        self._lengths = lengths.astype(np.int64)
-        self._prompts = np.maximum(8, self._lengths // 4)
-        self._vocabulary = vocabulary
-
-    def __len__(self) -> int:
-        return len(self._lengths)
-
-    def lengths(self, indices: Any) -> Any:
-        return self._lengths[indices]
-
-    def labelled(self, indices: Any) -> Any:
-        return self._lengths[indices] - self._prompts[indices]
-
-    def sample(self, index: int) -> tuple[Any, int]:
-        generator = np.random.default_rng(index)
-        tokens = generator.integers(10, self._vocabulary - 900, self._lengths[index])
-        return tokens, int(self._prompts[index])
-
-
-def question_lengths(count: int) -> np.ndarray[Any, Any]:
-    generator = np.random.default_rng(0)
-    drawn = np.exp(generator.standard_normal(count) * 0.6 + math.log(230))
-    return np.clip(drawn, 32, 1024)
+REFERENCE = "reference"
+# How far 16 bits, 4-bit weights and other random adapters may move the first step.
+TOLERANCES = {"loss": 2e-3, "grad_norm": 3e-2}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,6 +61,7 @@ class Arm:
     length: int | None = None
     dropout: float = 0.0
     sharding: Literal["none", "full"] = "none"
+    deterministic: bool = False
 
 
 RAFT = Arm(shape=QWEN25_7B, method="lora", batch=4, budget=16384, rank=64, length=4096)
@@ -112,6 +72,9 @@ ARMS = {
     "qlora": Arm(shape=QWEN25_3B, method="qlora", batch=96, budget=14336),
     "lora_memory": Arm(shape=QWEN25_3B, method="lora", batch=96, budget=10240, recompute=True),
     "qlora_memory": Arm(shape=QWEN25_3B, method="qlora", batch=96, budget=10240, recompute=True),
+    "lora_deterministic": Arm(
+        shape=QWEN25_3B, method="lora", batch=96, budget=14336, deterministic=True
+    ),
     "raft": RAFT,
     "raft_dropout": replace(RAFT, dropout=0.05),
     "raft_memory_4_dropout": replace(RAFT, recompute=True, dropout=0.05),
@@ -140,7 +103,7 @@ def build(arm: Arm, steps: int, on_progress: Callable[[Mapping[str, Any]], None]
     from baton.stage import Leg
     from baton.store.local import LocalStore
     from baton.train.config import AdapterConfig, PathModel, TrainConfig
-    from baton.train.environment import environment_of
+    from baton.train.environment import environment_of, make_deterministic
     from baton.train.layers import is_compiled
     from baton.train.learner import build_learner
     from baton.train.loop import Loop
@@ -148,6 +111,8 @@ def build(arm: Arm, steps: int, on_progress: Callable[[Mapping[str, Any]], None]
     from baton.train.ranks import Ranks
     from baton.train.sharding import ranks_to_shard_over
 
+    if arm.deterministic:
+        make_deterministic()
     ranks = Ranks.join()
     root = Path(ranks.broadcast(tempfile.mkdtemp()))
     task, started = TaskPlan(name="bench", config={}), "2026-01-01T00:00:00Z"
@@ -179,6 +144,7 @@ def build(arm: Arm, steps: int, on_progress: Callable[[Mapping[str, Any]], None]
         tokens_per_micro_batch=arm.budget,
         activation_checkpointing=arm.recompute,
         sharding=arm.sharding,
+        deterministic=arm.deterministic,
         log_every_steps=1,
         save_every_steps=10_000,
         save_every_minutes=None,
@@ -216,7 +182,7 @@ def build(arm: Arm, steps: int, on_progress: Callable[[Mapping[str, Any]], None]
     )
 
 
-def train(arm: Arm, steps: int) -> dict[str, float]:
+def train(arm: Arm, steps: int, first: Path) -> dict[str, float]:
     """Real tokens a second after the first steps, and the first step's loss and norm."""
     import torch
 
@@ -233,232 +199,108 @@ def train(arm: Arm, steps: int) -> dict[str, float]:
     loop.run()
     if not loop.leg.is_first:
         return {}
+    seen = [loop.train.sample(int(index)) for index in loop.cursor.at(0)]
+    keep_first_step(
+        first,
+        [(ids.tolist(), [-100] * prompt + ids[prompt:].tolist()) for ids, prompt in seen],
+        shape=arm.shape,
+        method=arm.method,
+        rank=arm.rank,
+    )
     log = loop.leg.folder / "train/metrics.jsonl"
-    first = json.loads(log.read_text().splitlines()[0])
+    logged = json.loads(log.read_text().splitlines()[0])
     # The checkpoint of an arm that trains all weights is as large as a disk is free.
     shutil.rmtree(loop.leg.folder)
     seconds = marks[steps] - marks[WARM_STEPS]
     return {
         "tokens_per_s": (tokens[steps] - tokens[WARM_STEPS]) / seconds,
-        "loss": first["loss"],
-        "grad_norm": first["grad_norm"],
+        "loss": logged["loss"],
+        "grad_norm": logged["grad_norm"],
     }
 
 
-def reference(steps: int) -> dict[str, float]:
-    """Loss and gradient norm of the first step of `lora`, by PEFT and transformers in float32."""
-    import torch
-    from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM
-
-    from baton.train.cursor import Cursor
-
-    arm = ARMS["lora"]
-    source = samples(arm, steps)
-    model = AutoModelForCausalLM.from_pretrained(
-        weights(arm.shape), dtype=torch.float32, device_map={"": 0}
-    ).requires_grad_(False)
-    torch.manual_seed(0)
-    config = LoraConfig(
-        r=arm.rank, lora_alpha=2 * arm.rank, target_modules="all-linear", task_type="CAUSAL_LM"
-    )
-    model = get_peft_model(model, config)
-    indices = Cursor(len(source), arm.batch, 42).at(0)
-    labelled, total = int(source.labelled(indices).sum()), 0.0
-    for index in indices:
-        tokens, prompt = source.sample(int(index))
-        ids = torch.tensor(tokens, device="cuda")[None]
-        logits = model(input_ids=ids, use_cache=False).logits[0, prompt - 1 : -1]
-        loss = torch.nn.functional.cross_entropy(logits, ids[0, prompt:], reduction="sum")
-        (loss / labelled).backward()
-        total += loss.item() / labelled
-    norms = [p.grad.norm() for p in model.parameters() if p.grad is not None]
-    return {"loss": total, "grad_norm": float(torch.stack(norms).norm())}
-
-
-def trl(steps: int) -> dict[str, float]:
-    """TRL's SFTTrainer: packing, flex attention, Liger's fused loss, 8 packs of 1,024."""
-    from datasets import Dataset
-    from tokenizers import Tokenizer, models
-    from transformers import PreTrainedTokenizerFast
-    from trl import SFTConfig, SFTTrainer
-
-    model = peer_model("flex_attention")
-    vocabulary = {"<pad>": 0, "<eos>": 1, "a": 2}
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>")),
-        pad_token="<pad>",
-        eos_token="<eos>",
-    )
-    rows = peer_rows(8 * 2 * (steps + 2) * 5)
-    config = SFTConfig(
-        per_device_train_batch_size=8,
-        gradient_accumulation_steps=2,
-        packing=True,
-        max_length=1024,
-        use_liger_kernel=True,
-        dataset_num_proc=1,
-        gradient_checkpointing=False,
-        **peer_settings(steps),
-    )
-    trainer = SFTTrainer(
-        model,
-        args=config,
-        train_dataset=Dataset.from_list(rows),
-        processing_class=tokenizer,
-    )
-    return peer_run(trainer, lambda inputs: int(inputs["input_ids"].numel()))
-
-
-def trainer(steps: int) -> dict[str, float]:
-    """HF's Trainer as guides set it: padded batches of 2, accumulated 8 times, checkpointing."""
-    import torch
-    from transformers import Trainer, TrainingArguments
-
-    def collate(rows: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
-        longest = max(len(row["input_ids"]) for row in rows)
-
-        def padded(key: str, value: int) -> torch.Tensor:
-            return torch.tensor([r[key] + [value] * (longest - len(r[key])) for r in rows])
-
-        return {
-            "input_ids": padded("input_ids", 0),
-            "attention_mask": padded("attention_mask", 0),
-            "labels": padded("labels", -100),
-        }
-
-    model = peer_model("sdpa")
-    model.enable_input_require_grads()
-    args = TrainingArguments(
-        per_device_train_batch_size=2,
-        gradient_accumulation_steps=8,
-        gradient_checkpointing=True,
-        gradient_checkpointing_kwargs={"use_reentrant": False},
-        remove_unused_columns=False,
-        **peer_settings(steps),
-    )
-    rows = [row | {"attention_mask": [1] * len(row["input_ids"])} for row in peer_rows(16 * steps)]
-    made = Trainer(model, args, train_dataset=rows, data_collator=collate)
-    return peer_run(made, lambda inputs: int(inputs["attention_mask"].sum()))
-
-
-def peer_model(attention: str) -> Any:
-    import torch
-    from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(
-        weights(QWEN25_3B),
-        dtype=torch.bfloat16,
-        device_map={"": 0},
-        attn_implementation=attention,
-    )
-    model.config.use_cache = False
-    config = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
-    return get_peft_model(model, config)
-
-
-def peer_rows(count: int) -> list[dict[str, list[int]]]:
-    source = Samples(question_lengths(count), QWEN25_3B["vocab_size"])
-    rows = []
-    for index in range(count):
-        tokens, prompt = source.sample(index)
-        ids = tokens.tolist()
-        rows.append({"input_ids": ids, "labels": [-100] * prompt + ids[prompt:]})
-    return rows
-
-
-def peer_settings(steps: int) -> dict[str, Any]:
-    return {
-        "output_dir": tempfile.mkdtemp(),
-        "max_steps": steps,
-        "bf16": True,
-        "learning_rate": 1e-4,
-        "logging_steps": 1000,
-        "save_strategy": "no",
-        "report_to": [],
-        "optim": "adamw_torch_fused",
-        "disable_tqdm": True,
-    }
-
-
-def peer_run(trainer: Any, count: Callable[[Any], int]) -> dict[str, float]:
-    """Real tokens a second after the first steps."""
-    import torch
-    from transformers import TrainerCallback
-
-    warm, seen, marks = 2, [0], []
-
-    class Mark(TrainerCallback):  # type: ignore[misc]
-        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            if state.global_step >= warm:
-                torch.cuda.synchronize()
-                marks.append((time.monotonic(), seen[0]))
-
-    original = trainer.training_step
-
-    def counted(model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        seen[0] += count(inputs)
-        return original(model, inputs, *args, **kwargs)
-
-    trainer.training_step = counted
-    trainer.add_callback(Mark())
-    trainer.train()
-    (started, before), (ended, after) = marks[0], marks[-1]
-    return {"tokens_per_s": (after - before) / (ended - started)}
-
-
-def weights(shape: Mapping[str, Any]) -> Path:
-    """A folder with random bfloat16 weights of this shape, made once."""
-    import torch
-    from transformers import AutoModelForCausalLM, Qwen2Config
-
-    folder = Path(tempfile.gettempdir()) / f"baton-bench-{shape['hidden_size']}"
-    if not (folder / "config.json").exists():
-        torch.manual_seed(0)
-        with torch.device("cuda"):
-            model = AutoModelForCausalLM.from_config(
-                Qwen2Config(max_position_embeddings=32768, **shape), dtype=torch.bfloat16
-            )
-        model.save_pretrained(folder)
-        del model
-        torch.cuda.empty_cache()
-    return folder
-
-
-def run_one(name: str, steps: int, gpus: int) -> None:
+def run_one(name: str, steps: int, gpus: int, first: Path) -> None:
     import torch
 
     started = time.monotonic()
-    if name in ARMS:
-        found = train(replace(ARMS[name], batch=ARMS[name].batch * gpus), steps)
+    if name == REFERENCE:
+        found = reference(first)
+    elif name in PEERS:
+        found = PEERS[name](steps, first)
     else:
-        found = {"reference": reference, "trl": trl, "trainer": trainer}[name](steps)
+        found = train(replace(ARMS[name], batch=ARMS[name].batch * gpus), steps, first)
     found["wall_s"] = time.monotonic() - started
     found["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
     print("RESULT " + json.dumps({"arm": name, **found}), flush=True)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    peers = ["reference", "trl", "trainer"]
-    parser.add_argument("arms", nargs="*", default=[*ARMS, *peers])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    names = [*ARMS, *PEERS]
+    parser.add_argument("arms", nargs="*", default=names, metavar="arm")
     parser.add_argument("--steps", type=int, default=16)
     parser.add_argument("--gpus", type=int, default=1, help="processes; a step grows with them")
-    parser.add_argument("--one", action="store_true", help="in this process, for one arm")
+    parser.add_argument("--no-reference", action="store_true", help="compare with nothing")
+    parser.add_argument("--one", type=Path, metavar="FILE", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:
-        run_one(args.arms[0], args.steps, args.gpus)
+        run_one(args.arms[0], args.steps, args.gpus, args.one)
         return
-    print(f"{'arm':14} {'tokens/s':>9} {'peak GiB':>9} {'wall s':>7} {'loss':>8} {'norm':>8}")
+    if unknown := sorted(set(args.arms) - set(names)):
+        parser.error(f"no such arm: {', '.join(unknown)}; there are {', '.join(names)}")
+    print(f"{'arm':21} {'tokens/s':>9} {'peak GiB':>9} {'wall s':>7} {'loss':>8} {'float32':>8}"
+          f" {'norm':>8} {'float32':>8}")  # fmt: skip
+    is_right = True
     for name in args.arms:
         for gpus in sorted({1, args.gpus}):
-            print(row(name, args.steps, gpus), flush=True)
+            line, is_so = row(name, args.steps, gpus, may_compare=not args.no_reference)
+            print(line, flush=True)
+            is_right &= is_so
+    sys.exit(0 if is_right else 1)
 
 
-def row(name: str, steps: int, gpus: int) -> str:
-    """What an arm gave, as a line of the table; `gpus` processes with one GPU each."""
-    command = [sys.executable, __file__, name, "--one", "--steps", str(steps), "--gpus", str(gpus)]
+def row(name: str, steps: int, gpus: int, *, may_compare: bool) -> tuple[str, bool]:
+    """What an arm gave, as a line of the table, and whether it did what it should."""
+    label = name if gpus == 1 else f"{name} x{gpus}"
+    with tempfile.TemporaryDirectory() as folder:
+        first = Path(folder) / "first.json"
+        found, error = in_processes(name, steps, gpus, first)
+        if found is None:
+            return f"{label:21} failed: {error}", False
+        beside = referred(first) if may_compare else None
+    line = (
+        f"{label:21} {found['tokens_per_s']:9,.0f} {found['peak_gib']:9.1f} {found['wall_s']:7.0f}"
+    )
+    if beside is None:
+        return f"{line} {found['loss']:8.4f} {'':8} {found['grad_norm']:8.4f}", True
+    is_near = all(
+        abs(found[figure] - beside[figure]) <= tolerance * beside[figure]
+        for figure, tolerance in TOLERANCES.items()
+    )
+    compared = "".join(f" {found[f]:8.4f} {beside[f]:8.4f}" for f in TOLERANCES)
+    return f"{line}{compared}{'' if is_near else ' off'}", is_near
+
+
+def referred(first: Path) -> dict[str, Any]:
+    """The reference for a first step; worked out once for each."""
+    digest = hashlib.sha256(first.read_bytes()).hexdigest()[:16]
+    kept = Path(tempfile.gettempdir()) / f"baton-bench-reference-{digest}.json"
+    if not kept.exists():
+        found, error = in_processes(REFERENCE, 1, 1, first)
+        if found is None:
+            sys.exit(f"the reference failed: {error}")
+        kept.write_text(json.dumps(found), encoding="utf-8")
+    return dict(json.loads(kept.read_bytes()))
+
+
+def in_processes(
+    name: str, steps: int, gpus: int, first: Path
+) -> tuple[dict[str, Any] | None, str]:
+    """The result of an arm, in `gpus` processes with one GPU each; or the end of what it said."""
+    command = [sys.executable, __file__, name, "--one", str(first)]
+    command += ["--steps", str(steps), "--gpus", str(gpus)]
     shared = os.environ | {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
     if gpus > 1:
         shared |= {"WORLD_SIZE": str(gpus), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29511"}
@@ -473,15 +315,11 @@ def row(name: str, steps: int, gpus: int) -> str:
         for rank in range(gpus)
     ]
     # The first speaks for all: the loop counts the tokens of every process.
-    first, *_ = [process.communicate() for process in running]
-    label = name if gpus == 1 else f"{name} x{gpus}"
-    found = [line for line in first[0].splitlines() if line.startswith("RESULT ")]
-    if running[0].returncode or not found:
-        return f"{label:14} failed: {first[1].strip()[-800:]}"
-    r = json.loads(found[0].removeprefix("RESULT "))
-    speed = f"{r['tokens_per_s']:9,.0f}" if "tokens_per_s" in r else " " * 9
-    gate = f"{r['loss']:8.4f} {r['grad_norm']:8.4f}" if "loss" in r else ""
-    return f"{label:14} {speed} {r['peak_gib']:9.1f} {r['wall_s']:7.0f} {gate}"
+    said, *_ = [process.communicate() for process in running]
+    results = [line for line in said[0].splitlines() if line.startswith("RESULT ")]
+    if running[0].returncode or not results:
+        return None, said[1].strip()[-800:]
+    return json.loads(results[0].removeprefix("RESULT ")), ""
 
 
 if __name__ == "__main__":
