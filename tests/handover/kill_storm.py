@@ -32,20 +32,20 @@ import shutil
 import signal
 import sys
 import tempfile
-import threading
 import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+from blows import Blow, late_blow, leg_under, next_blow
 from far import KINDS, Far, far_store
 from lab import EXPERIMENT, Lab, Task, differences
-from zygote import Hung, Leg, Zygote
+from machines import BARREN_LEGS, Machines
+from tally import Tally
+from zygote import Hung, Zygote
 
-from baton.legs import NO_PROGRESS_LEGS
 from baton.pipelines import PIPELINES
 
 # Every way of training, with dropout on; 24 steps, a save every 4, an evaluation every 6.
@@ -94,273 +94,9 @@ OTHERS = {
         "grpo.variation_share": "0.25",
     },
 }
-# After so many legs in a row that began at the same place the next one must get somewhere:
-# baton rightly gives up after another.
-BARREN_LEGS = NO_PROGRESS_LEGS - 1
 # What a leg's life is longer by when its store is far away.
 REMOTE_LIFE = 1.5
-# A save is some 60 file operations, a whole leg some 900 at most.
-OPERATIONS = 700
 STEP = re.compile(r" stage=(\w+) step=(\d+)/")
-
-
-# What storms one after the other have in common.
-_COUNTED = (
-    "kills",
-    "unresumable",
-    "different",
-    "broken",
-    "compared",
-    "max_lost_steps",
-    "lost_machines",
-    "faults",
-    "durable_seconds",
-    "kinds",
-)
-
-
-@dataclass
-class Tally:
-    """What the storm has done and found so far; shared by the tasks that run side by side."""
-
-    wanted: int
-    most_seconds: float = math.inf
-    kills: int = 0
-    unresumable: list[str] = field(default_factory=list)
-    different: list[str] = field(default_factory=list)
-    broken: list[str] = field(default_factory=list)
-    compared: int = 0
-    max_lost_steps: int = 0
-    lost_machines: int = 0
-    faults: int = 0
-    durable_seconds: list[float] = field(default_factory=list)
-    kinds: dict[str, int] = field(default_factory=dict)
-    started: float = field(default_factory=time.monotonic)
-    lock: threading.Lock = field(default_factory=threading.Lock)
-
-    file: Path | None = None
-    earlier_seconds: float = 0.0
-
-    @property
-    def seconds(self) -> float:
-        return self.earlier_seconds + time.monotonic() - self.started
-
-    @property
-    def is_enough(self) -> bool:
-        return self.kills >= self.wanted or time.monotonic() - self.started > self.most_seconds
-
-    @property
-    def is_clean(self) -> bool:
-        return not (self.unresumable or self.different or self.broken)
-
-    def kill(self, kind: str) -> None:
-        with self.lock:
-            self.kills += 1
-            self.kinds[kind] = self.kinds.get(kind, 0) + 1
-
-    def keep(self) -> None:
-        """Write what was counted to the file, if there is one."""
-        if self.file is None:
-            return
-        with self.lock:
-            counted = {name: getattr(self, name) for name in _COUNTED} | {"seconds": self.seconds}
-            beside = self.file.with_name(f"{self.file.name}.new")
-            beside.write_text(json.dumps(counted))
-            beside.replace(self.file)
-
-    def go_on(self) -> None:
-        """Add to what an earlier storm left in the file."""
-        if self.file is None or not self.file.exists():
-            return
-        counted = json.loads(self.file.read_bytes())
-        for name in _COUNTED:
-            setattr(self, name, counted[name])
-        self.earlier_seconds = counted["seconds"]
-
-    def verdict(self) -> str:
-        """The line that others quote; its format is fixed."""
-        return (
-            f"kill-storm: kills={self.kills} unresumable={len(self.unresumable)}"
-            f" identical={'no' if self.different or not self.compared else 'yes'}"
-            f" max_lost_steps={self.max_lost_steps}"
-            f" p50_signal_to_durable_s={self._percentile(0.50)}"
-            f" p99_signal_to_durable_s={self._percentile(0.99)}"
-        )
-
-    def _percentile(self, share: float) -> str:
-        if not self.durable_seconds:
-            return "none"
-        ordered = sorted(self.durable_seconds)
-        return f"{ordered[min(len(ordered) - 1, int(share * len(ordered)))]:.3f}"
-
-
-@dataclass(frozen=True)
-class Blow:
-    """One planned kill: what to wait for, how long after it, and what to send.
-
-    Attributes:
-        pattern: what the leg's log must show, `count` times; with `progress` something durable
-            that was not there before.
-        patience: seconds after which the leg is struck anyway.
-        operation: the leg strikes itself right before this file operation.
-        then: further signals, each with the seconds to wait before it.
-    """
-
-    kind: str
-    number: signal.Signals
-    pattern: str = ""
-    count: int = 1
-    progress: bool = False
-    delay: float = 0.0
-    patience: float = math.inf
-    operation: int = 0
-    then: tuple[tuple[float, signal.Signals], ...] = ()
-
-
-def next_blow(rng: random.Random, *, life: float, every: int, is_remote: bool) -> Blow:
-    """A kill for a leg that would live for `life` seconds and saves `every` so many steps.
-
-    Half of all are SIGKILL and half SIGTERM.
-    """
-    number = rng.choice((signal.SIGKILL, signal.SIGTERM))
-    kind = rng.choices(
-        (
-            "anywhen",
-            "operation",
-            "step",
-            "save",
-            "data",
-            "load",
-            "evaluation",
-            "resumed",
-            "several",
-            "upload",
-            "stored",
-            "download",
-        ),
-        (3, 5, 2, 3, 1, 1, 3, 2, 2, *((4, 2, 3) if is_remote else (0, 0, 0))),
-    )[0]
-    short, patience = rng.uniform(0, 0.05), rng.uniform(0, life)
-    if kind == "anywhen":
-        return Blow(kind, number, delay=patience)
-    if kind == "operation":
-        return Blow(kind, number, operation=rng.randint(1, OPERATIONS), patience=patience)
-    if kind == "several":
-        others = (signal.SIGTERM, signal.SIGUSR2, signal.SIGUSR1, signal.SIGKILL)
-        several = tuple(
-            (rng.choice((0.0, rng.uniform(0, 0.05))), rng.choice(others)) for _ in range(2)
-        )
-        delay = rng.uniform(0, 0.2)
-        return Blow(kind, number, " saved ", delay=delay, patience=patience, then=several)
-    # The log line of a step that is saved comes right before its save; 6 and 18 are evaluated.
-    saved = "|".join(map(str, sorted({6, 18, *range(every, 40 * every, every)})))
-    patterns = {
-        "step": (r" step=\d+/\d+ ", rng.randint(1, 12), short),
-        "save": (rf" step=({saved})/\d+ ", rng.randint(1, 3), short / 2),
-        "data": ("stage=data", 1, short),
-        "load": ("stage started .*stage=(?!data)", 1, rng.uniform(0, 0.3)),
-        "evaluation": (
-            r" saved .* step=(6|12|18|24) | evaluated |stage started .*stage=eval|answered ",
-            rng.randint(1, 4),
-            rng.uniform(0, 0.1),
-        ),
-        "resumed": ("resumed ", 1, short),
-        # The upload begins when the save is done, and is over some 50 ms later.
-        "upload": (r" saved .* step=\d+ ", rng.randint(1, 3), rng.uniform(0, 0.1)),
-        "stored": (r"stored .* step=\d+ ", rng.randint(1, 3), rng.uniform(0, 0.05)),
-        # An empty machine brings everything before it starts; the log's first line is later.
-        "download": ("", 1, rng.uniform(0.3, 1.2)),
-    }
-    pattern, count, delay = patterns[kind]
-    return Blow(kind, number, pattern, count, delay=delay, patience=patience)
-
-
-def late_blow(rng: random.Random) -> Blow:
-    """A kill for a leg that must get somewhere first."""
-    number = rng.choice((signal.SIGKILL, signal.SIGTERM))
-    return Blow("progress", number, progress=True, delay=rng.uniform(0, 0.3))
-
-
-@dataclass
-class Runs:
-    """One task on the machines that take turns; one machine where the store is a folder."""
-
-    machines: list[Task]
-    far: Far | None
-    rng: random.Random
-    folder: Path
-    tally: Tally
-    at: int = 0
-    _begun: dict[int, list[int]] = field(default_factory=dict)
-    _unseen: int = 0
-
-    def next_machine(self) -> Task:
-        """Mostly the same again, as after a requeue; sometimes another, or an empty one.
-
-        The same for sure after a leg that had to get somewhere: only there is what it did.
-        """
-        if self.far is None:
-            return self.machines[0]
-        if self.barren_legs < BARREN_LEGS:
-            if self.rng.random() < 0.3:
-                self.at = 1 - self.at
-            if self.rng.random() < 0.15:
-                shutil.rmtree(self.machines[self.at].store / "smoke", ignore_errors=True)
-                self.tally.lost_machines += 1
-        task = self.machines[self.at]
-        task.plan.parent.mkdir(parents=True, exist_ok=True)
-        task.plan.write_bytes(self.plan)
-        self._break_things()
-        return task
-
-    def note_leg(self, task: Task) -> None:
-        """Remember where legs began; one that was killed early is known to the store only."""
-        before = max(self._begun, default=0)
-        self._begun.update({leg["number"]: leg["position"] for leg in task.legs()})
-        self._unseen = 0 if max(self._begun, default=0) > before else self._unseen + 1
-
-    @property
-    def barren_legs(self) -> int:
-        """How many legs up to the newest began at the same place, as far as one can know."""
-        begun = [self._begun[number] for number in sorted(self._begun, reverse=True)]
-        same = itertools.takewhile(lambda place: place == begun[0], begun)
-        return self._unseen + sum(1 for _ in same)
-
-    def __post_init__(self) -> None:
-        self.plan = self.machines[0].plan.read_bytes()
-
-    def _break_things(self) -> None:
-        assert self.far is not None
-        proxy, rng = self.far.proxy, self.rng
-        if rng.random() < 0.5:
-            return
-        self.tally.faults += 1
-        method = rng.choice(("PUT|POST", "GET", ".*"))
-        action = rng.choice(("status", "reset", "reset_request", "swallow", "truncate", "corrupt"))
-        options: dict[str, object] = {}
-        path = ".*"
-        if action == "status":
-            options = {"status": rng.choice((500, 503))}
-        elif action == "corrupt":
-            # What a store keeps, not what it says about it: that is TLS's to protect.
-            method, path = "GET", r"/resolve/|/lfs-get/|/blobs/|\.json"
-            options = {"at": rng.randint(0, 2000)}
-        proxy.rule(
-            action=action,
-            method=method,
-            path=path,
-            times=rng.randint(1, 3),
-            skip=rng.randint(0, 60),
-            **options,
-        )
-        proxy.rule(action="delay", seconds=rng.uniform(0, 0.3), times=5, skip=rng.randint(0, 60))
-
-    def result(self) -> Task:
-        """What there is in the end: in the folder, or in the store for an empty machine."""
-        if self.far is None:
-            return self.machines[0]
-        self.far.proxy.clear()
-        return self.far.on_empty_machine(self.machines[0], self.folder / "result")
 
 
 def storm_one(
@@ -373,27 +109,27 @@ def storm_one(
 ) -> None:
     """Take one task through kills to its end, and compare."""
     url = far.url() if far else ""
-    machines = [_task(lab, name, url) for _ in range(2 if far else 1)]
+    tasks = [_task(lab, name, url) for _ in range(2 if far else 1)]
     folder = Path(tempfile.mkdtemp(dir=lab.folder, prefix="storm-"))
-    runs = Runs(machines, far, rng, folder, tally)
-    where = f"{name} in {url or machines[0].store.name}"
+    machines = Machines(tasks, far, rng, folder, tally)
+    where = f"{name} in {url or tasks[0].store.name}"
     life = reference.seconds * (REMOTE_LIFE if far else 1.0)
     for number in itertools.count(1):
-        task = runs.next_machine()
+        task = machines.next_machine()
         blow = None
         if not tally.is_enough:
             every = task.save_every_steps(task.stage)
             blow = next_blow(rng, life=life, every=every, is_remote=far is not None)
-            if runs.barren_legs >= BARREN_LEGS:
+            if machines.barren_legs >= BARREN_LEGS:
                 blow = late_blow(rng)
         log = folder / f"leg-{number:03d}.txt"
         try:
-            status, kind = _leg(lab, task, blow, log)
+            status, kind = leg_under(blow, lab, task, log)
         except Hung as error:
             tally.unresumable.append(where)
             print(f"FAILED {where}: {error}", flush=True)
             return
-        runs.note_leg(task)
+        machines.note_leg(task)
         if status == 0:
             break
         if kind and blow is not None:
@@ -405,7 +141,7 @@ def storm_one(
             return
     if tally.is_enough and number == 1:
         return
-    result = runs.result()
+    result = machines.result()
     odd = differences(result, reference.task)
     tally.compared += 1
     tally.keep()
@@ -418,7 +154,7 @@ def storm_one(
         f"  {name} identical after {number} legs",
         flush=True,
     )
-    for finished in machines:
+    for finished in tasks:
         shutil.rmtree(finished.machine or finished.store)
     shutil.rmtree(folder)
     if far is not None:
@@ -430,62 +166,6 @@ def _task(lab: Lab, name: str, url: str = "") -> Task:
     if experiment == EXPERIMENT:
         return lab.task(SETTINGS, name=name, url=url)
     return lab.task(OTHERS[name], url=url, experiment=experiment)
-
-
-def _leg(lab: Lab, task: Task, blow: Blow | None, log: Path) -> tuple[int, str]:
-    """Run one leg; returns its exit status and the kind of the blow that hit it, if one did."""
-    if blow is not None and blow.operation:
-        trace = log.with_suffix(".operations")
-        hook = {"trace": str(trace), "below": str(task.folder), "at": blow.operation}
-        leg = lab.start(task, log=log, hook=("strike", {**hook, "number": int(blow.number)}))
-        is_late = not _ended(leg, blow.patience) and leg.kill(blow.number)
-        status = leg.wait()
-        if trace.exists() and len(trace.read_bytes().splitlines()) >= blow.operation:
-            return status, blow.kind
-        return status, "anywhen" if is_late else ""
-    leg = lab.start(task, log=log)
-    if blow is None:
-        return leg.wait(), ""
-    kind = _await(leg, blow, lambda: _got_somewhere(task, leg))
-    if not kind or (kind == blow.kind and _ended(leg, blow.delay)) or not leg.kill(blow.number):
-        return leg.wait(), ""
-    for seconds, number in blow.then:
-        time.sleep(seconds)
-        leg.kill(number)
-    return leg.wait(), kind
-
-
-def _await(leg: Leg, blow: Blow, has_progress: Callable[[], bool]) -> str:
-    """Wait for a blow's moment; returns its kind, or "anywhen" if that did not come in time."""
-    until, found, seen = time.monotonic() + blow.patience, re.compile(blow.pattern), -1
-    while leg.poll() is None:
-        if blow.progress:
-            if has_progress():
-                return blow.kind
-        elif (size := leg.log.stat().st_size if leg.log.exists() else 0) != seen:
-            seen = size
-            if sum(1 for _ in found.finditer(leg.text)) >= blow.count:
-                return blow.kind
-        if time.monotonic() > until:
-            return "anywhen"
-        time.sleep(0.02 if blow.progress else 0.003)
-    return ""
-
-
-def _got_somewhere(task: Task, leg: Leg) -> bool:
-    """Is there more here than when this leg began, after it had brought what the store has?"""
-    return "stage started" in leg.text and task.position() > task.legs()[-1]["position"]
-
-
-def _ended(leg: Leg, seconds: float) -> bool:
-    """Let the leg work for a while; true if it ended in that time."""
-    until = time.monotonic() + seconds
-    while leg.poll() is None:
-        left = until - time.monotonic()
-        if left <= 0:
-            return False
-        time.sleep(min(left, 0.01))
-    return True
 
 
 def _check(task: Task, blow: Blow, status: int, log: Path, tally: Tally) -> None:

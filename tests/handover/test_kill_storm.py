@@ -10,15 +10,14 @@ from pathlib import Path
 import kill_storm
 import pytest
 from lab import Lab, assert_identical, differences
+from tally import Tally
 from zygote import Leg, Zygote
 
 pytestmark = pytest.mark.slow
 
 
 def test_a_few_random_kills_change_nothing(zygote: Zygote) -> None:
-    tally = kill_storm.storm(
-        kill_storm.Tally(wanted=4), seed=7, jobs=1, names=("qlora",), zygote=zygote
-    )
+    tally = kill_storm.storm(Tally(wanted=4), seed=7, jobs=1, names=("qlora",), zygote=zygote)
     assert tally.is_clean, tally
     assert tally.kills >= 4
     assert tally.compared >= 1

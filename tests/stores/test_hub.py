@@ -152,19 +152,6 @@ def test_a_card_of_ours_is_replaced_and_one_of_a_person_stays(hub: Far, store: H
 # --- what people are told --------------------------------------------------------------------
 
 
-def test_no_token(hub: Far, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.delenv("HF_TOKEN")
-    monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(tmp_path / "none"))
-    with pytest.raises(StoreRefused, match=r"there is no token; set HF_TOKEN or run `hf auth"):
-        open_remote(hub.url())
-
-
-def test_a_token_that_is_not_valid(hub: Far, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HF_TOKEN", "hf_wrong")
-    with pytest.raises(StoreRefused, match="the token is not valid; set HF_TOKEN"):
-        open_remote(hub.url())
-
-
 def test_a_token_that_may_not_write(hub: Far) -> None:
     with pytest.raises(StoreRefused, match="it needs write access to this repository"):
         open_remote("hf://models/forbidden/repository").write("a", b"")
@@ -173,14 +160,6 @@ def test_a_token_that_may_not_write(hub: Far) -> None:
 def test_options_and_kinds_that_are_unknown(hub: Far) -> None:
     with pytest.raises(ConfigError, match="unknown option 'private'"):
         open_remote(f"{hub.url()}?private=no")
-
-
-def test_a_hub_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
-    monkeypatch.setenv("HF_TOKEN", "hf_x")
-    with pytest.raises(StoreError, match="check HF_ENDPOINT and the network") as raised:
-        open_remote("hf://models/tester/x")
-    assert raised.value.exit_status == 1
 
 
 @pytest.fixture

@@ -1,15 +1,32 @@
-"""What a leg's renewal of its lease must survive, on every kind of remote store."""
+"""How a leg gets its lease, and what a renewal must survive, on every kind of remote store."""
 
 from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from far import Far
 
-from baton.errors import BatonError, FencedError
+from baton.errors import BatonError, FencedError, NameTaken
 from baton.store.base import Batch
 from baton.store.open import open_remote
 
 LEASE = "legs/001.json"
+
+
+def test_of_many_that_claim_at_once_one_wins(far: Far) -> None:
+    url = far.url()
+
+    def claims(number: int) -> bool:
+        try:
+            open_remote(url).write(LEASE, b"%d" % number, exclusive=True)
+        except NameTaken:
+            return False
+        return True
+
+    with ThreadPoolExecutor(8) as pool:
+        won = [number for number, has_won in enumerate(pool.map(claims, range(8))) if has_won]
+    assert [b"%d" % number for number in won] == [open_remote(url).read(LEASE)]
 
 
 def test_a_renewal_that_arrived_and_was_never_answered_is_ours(far: Far) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import threading
 from pathlib import Path
 from typing import Any
 
@@ -211,24 +210,6 @@ def test_uploads_that_nobody_finished_can_be_ended(
     monkeypatch.setattr("baton.store.s3._STALE_SECONDS", 0.0)
     assert store.sweep_uploads() == ["left-over"]
     assert store.sweep_uploads() == []
-
-
-def test_sixteen_threads_claim_and_one_wins(store: S3Store) -> None:
-    won: list[int] = []
-
-    def claim(number: int) -> None:
-        try:
-            open_remote(store.url).write("claim", str(number).encode(), exclusive=True)
-            won.append(number)
-        except NameTaken:
-            pass
-
-    threads = [threading.Thread(target=claim, args=(number,)) for number in range(16)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert [str(number).encode() for number in won] == [store.read("claim")]
 
 
 # --- what people are told --------------------------------------------------------------------

@@ -45,6 +45,7 @@ from baton.store.partial import TRIES, fetch_in_parts
 from baton.store.patience import IMPATIENT, Patience
 
 _CLAIMS, _STAGED = f"{HIDDEN}claims/", f"{HIDDEN}staged/"
+_CLAIM = re.compile(r"(?P<machine>\w+)\.(?P<pid>\d+)\.(?P<ticks>\d+)\.\w+")
 # What Xet calls no bytes.
 _EMPTY = "0" * 64
 # A claim older than another by so much was left by a process that died; whoever makes one writes
@@ -363,9 +364,14 @@ def _this_claim() -> str:
 
 
 def _is_dead(claim: str) -> bool:
-    """Was it made by a process of this machine that is no more?"""
-    machine, pid, ticks, _ = claim.rpartition("/")[2].split(".")
-    return machine == _machine(this_runner()) and started_ticks(int(pid)) != int(ticks)
+    """Was it made by a process of this machine that is no more?
+
+    Of a name that is not ours nobody knows; it is in the way until it is old.
+    """
+    made = _CLAIM.fullmatch(claim.rpartition("/")[2])
+    if made is None or made["machine"] != _machine(this_runner()):
+        return False
+    return started_ticks(int(made["pid"])) != int(made["ticks"])
 
 
 def _machine(runner: Runner) -> str:
