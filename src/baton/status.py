@@ -94,6 +94,13 @@ def status_of(root: Path, plan: Plan, stages: Sequence[str], task: str) -> TaskS
     )
 
 
+def may_speak(root: Path, plan: Plan, task: str) -> bool:
+    """May the newest leg of a task still print something, whatever its state? As seen from here."""
+    legs = Legs(task_store(root, plan, task), f"{plan.experiment}/{task}", utc_now)
+    newest = legs.newest()
+    return newest is not None and legs.may_speak(newest, this_runner())
+
+
 def _state(legs: Legs, newest: LegRecord | None, done: Sequence[str]) -> tuple[str, str]:
     """State and reason of a task whose stages are not all `done`."""
     if newest is None:

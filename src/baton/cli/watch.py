@@ -51,6 +51,7 @@ def logs(task: str, settings: tuple[str, ...], site: str, store: str | None, fol
     from baton.launchers.base import LOG
     from baton.launchers.choose import launcher_for
     from baton.runner import task_store
+    from baton.status import may_speak
 
     target = Target.submitted(task, settings, site, store)
     name = target.one_task("logs")
@@ -76,6 +77,7 @@ def logs(task: str, settings: tuple[str, ...], site: str, store: str | None, fol
             follow = state in _GOING_ON
         elif state in ("finished", "cancelled"):
             follow = False
+        follow = follow or may_speak(target.root, target.plan, name)
         if follow:
             time.sleep(0.5 if target.place.remote is None else _REMOTE_SECONDS)
     if not shown:

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from baton.identity import started_ticks, this_runner
 
 
 @pytest.fixture
@@ -249,6 +254,32 @@ def test_logs_follow_across_legs_until_the_task_has_ended(submitted: Any) -> Non
     ended = submitted("logs", "trial/one", "--site", "here", "-f")
     assert ended.status == 0, ended.err
     assert ended.out == "leg 1\nleg 2 äöü\n"
+
+
+LAST_WORDS = """\
+import sys, time
+print(flush=True)
+time.sleep(3)
+with open(sys.argv[1], "a") as log:
+    log.write("last words\\n")
+"""
+
+
+def test_logs_follow_a_leg_that_says_its_last_words_after_its_record(submitted: Any) -> None:
+    [plan] = submitted.home.glob("runs/trial/*/plan.json")
+    log = plan.parent / "tasks" / "one" / "log.txt"
+    with subprocess.Popen(
+        [sys.executable, "-c", LAST_WORDS, str(log)], stdout=subprocess.PIPE
+    ) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        started = started_ticks(process.pid)
+        runner = dataclasses.replace(this_runner(), pid=process.pid, started_ticks=started)
+        leg(submitted, "one", state="failed", runner=dataclasses.asdict(runner))
+        log.write_text("leg 1\n", encoding="utf-8")
+        ended = submitted("logs", "trial/one", "--site", "here", "-f")
+    assert ended.status == 0, ended.err
+    assert ended.out == "leg 1\nlast words\n"
 
 
 def test_the_plan_file_names_an_experiment_as_well(submitted: Any) -> None:
