@@ -199,10 +199,9 @@ def train(arm: Arm, steps: int, first: Path) -> dict[str, float]:
     loop.run()
     if not loop.leg.is_first:
         return {}
-    seen = [loop.train.sample(int(index)) for index in loop.cursor.at(0)]
     keep_first_step(
         first,
-        [(ids.tolist(), [-100] * prompt + ids[prompt:].tolist()) for ids, prompt in seen],
+        [loop.train.labelled_sample(int(index)) for index in loop.cursor.at(0)],
         shape=arm.shape,
         method=arm.method,
         rank=arm.rank,

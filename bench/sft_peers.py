@@ -190,12 +190,8 @@ def with_lora(model: Any, rank: int) -> Any:
 
 def rows(count: int) -> list[dict[str, list[int]]]:
     source = Samples(question_lengths(count), QWEN25_3B["vocab_size"])
-    found = []
-    for index in range(count):
-        tokens, prompt = source.sample(index)
-        ids = tokens.tolist()
-        found.append({"input_ids": ids, "labels": [-100] * prompt + ids[prompt:]})
-    return found
+    made = map(source.labelled_sample, range(count))
+    return [{"input_ids": ids, "labels": labels} for ids, labels in made]
 
 
 def padded(some: list[dict[str, list[int]]]) -> dict[str, Any]:

@@ -52,6 +52,11 @@ class Samples:
         tokens = generator.integers(10, self._vocabulary - 900, self._lengths[index])
         return tokens, int(self._prompts[index])
 
+    def labelled_sample(self, index: int) -> tuple[list[int], list[int]]:
+        """Tokens and labels of a sample as transformers takes them: -100 for no label."""
+        tokens, prompt = self.sample(index)
+        return tokens.tolist(), [-100] * prompt + tokens[prompt:].tolist()
+
 
 def question_lengths(count: int) -> np.ndarray[Any, Any]:
     generator = np.random.default_rng(0)

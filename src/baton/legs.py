@@ -134,13 +134,6 @@ class Legs:
             return False
         return self._silent_seconds(leg) < self.lost_after_seconds
 
-    def may_speak(self, leg: LegRecord, here: Runner) -> bool:
-        """Is the process of a leg still on the machine of `here`, even if the record has its end?
-
-        Its last words come after that.
-        """
-        return leg.runner.is_visible_from(here) and self.is_alive(leg, here)
-
     def _silent_seconds(self, leg: LegRecord) -> float:
         last = max(leg.started, str(progress_in(self.store).get("time", "")))
         spoken = datetime.datetime.fromisoformat(last)

@@ -207,10 +207,10 @@ class TaskRunner:
             leg.start_over(stage=stage.name)
             leg.log("stage started")
             outcome = self._run_stage(leg, stage)
-            # Models hold themselves in cycles; the next stage needs their memory.
-            gc.collect()
             if outcome is Outcome.HANDED_OVER:
                 return outcome
+            # Models hold themselves in cycles; the next stage needs their memory.
+            gc.collect()
             if leg.is_first:
                 leg.check_fence()
                 if stage is stages[-1]:

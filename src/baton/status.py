@@ -95,10 +95,16 @@ def status_of(root: Path, plan: Plan, stages: Sequence[str], task: str) -> TaskS
 
 
 def may_speak(root: Path, plan: Plan, task: str) -> bool:
-    """May the newest leg of a task still print something, whatever its state? As seen from here."""
+    """Does the process of a task's newest leg live on this machine, whatever its record says?
+
+    A leg's last words come after its record has its end.
+    """
+    here = this_runner()
     legs = Legs(task_store(root, plan, task), f"{plan.experiment}/{task}", utc_now)
     newest = legs.newest()
-    return newest is not None and legs.may_speak(newest, this_runner())
+    if newest is None or not newest.runner.is_visible_from(here):
+        return False
+    return legs.is_alive(newest, here)
 
 
 def _state(legs: Legs, newest: LegRecord | None, done: Sequence[str]) -> tuple[str, str]:

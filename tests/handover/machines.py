@@ -32,6 +32,9 @@ class Machines:
     _begun: dict[int, list[int]] = field(default_factory=dict)
     _unseen: int = 0
 
+    def __post_init__(self) -> None:
+        self.plan = self.tasks[0].plan.read_bytes()
+
     def next_machine(self) -> Task:
         """Mostly the same again, as after a requeue; sometimes another, or an empty one.
 
@@ -63,9 +66,6 @@ class Machines:
         begun = [self._begun[number] for number in sorted(self._begun, reverse=True)]
         same = itertools.takewhile(lambda place: place == begun[0], begun)
         return self._unseen + sum(1 for _ in same)
-
-    def __post_init__(self) -> None:
-        self.plan = self.tasks[0].plan.read_bytes()
 
     def _break_things(self) -> None:
         assert self.far is not None

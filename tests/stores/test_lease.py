@@ -14,7 +14,7 @@ from baton.store.open import open_remote
 LEASE = "legs/001.json"
 
 
-def test_of_many_that_claim_at_once_one_wins(far: Far) -> None:
+def test_of_sixteen_that_claim_at_once_one_wins(far: Far) -> None:
     url = far.url()
 
     def claims(number: int) -> bool:
@@ -24,8 +24,8 @@ def test_of_many_that_claim_at_once_one_wins(far: Far) -> None:
             return False
         return True
 
-    with ThreadPoolExecutor(8) as pool:
-        won = [number for number, has_won in enumerate(pool.map(claims, range(8))) if has_won]
+    with ThreadPoolExecutor(16) as pool:
+        won = [number for number, has_won in enumerate(pool.map(claims, range(16))) if has_won]
     assert [b"%d" % number for number in won] == [open_remote(url).read(LEASE)]
 
 
