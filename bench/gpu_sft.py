@@ -60,11 +60,21 @@ class Arm:
     rank: int = 16
     length: int | None = None
     dropout: float = 0.0
+    prompt_share: float = 0.25
     sharding: Literal["none", "full"] = "none"
     deterministic: bool = False
 
 
-RAFT = Arm(shape=QWEN25_7B, method="lora", batch=4, budget=16384, rank=64, length=4096)
+RAFT = Arm(
+    shape=QWEN25_7B,
+    method="lora",
+    batch=4,
+    budget=16384,
+    rank=64,
+    length=4096,
+    # Documents and a question, then the teacher's answer.
+    prompt_share=3000 / 4096,
+)
 ARMS = {
     "lora_planned": Arm(shape=QWEN25_3B, method="lora", batch=96, recompute=None),
     "qlora_planned": Arm(shape=QWEN25_3B, method="qlora", batch=96, recompute=None),
@@ -91,33 +101,20 @@ ARMS = {
 def samples(arm: Arm, steps: int) -> Samples:
     count = arm.batch * (steps + 1)
     lengths = question_lengths(count) if arm.length is None else np.full(count, arm.length)
-    return Samples(lengths, arm.shape["vocab_size"])
+    return Samples(lengths, arm.shape["vocab_size"], arm.prompt_share)
 
 
-def build(arm: Arm, steps: int, on_progress: Callable[[Mapping[str, Any]], None]) -> Any:
-    """The `Loop` that trains the arm, as in a task; with the folder it writes to."""
-    import torch
-
+def bench_leg(ranks: Any, on_progress: Callable[[Mapping[str, Any]], None]) -> Any:
+    """A leg of a task by itself, in a folder that is its store."""
     from baton.handover import StopSignal
     from baton.record import LegRecord, Plan, Runner, TaskPlan
     from baton.stage import Leg
     from baton.store.local import LocalStore
-    from baton.train.config import AdapterConfig, PathModel, TrainConfig
-    from baton.train.environment import environment_of, make_deterministic
-    from baton.train.layers import is_compiled
-    from baton.train.learner import build_learner
-    from baton.train.loop import Loop
-    from baton.train.loss import CausalLoss
-    from baton.train.ranks import Ranks
-    from baton.train.sharding import ranks_to_shard_over
 
-    if arm.deterministic:
-        make_deterministic()
-    ranks = Ranks.join()
     root = Path(ranks.broadcast(tempfile.mkdtemp()))
     task, started = TaskPlan(name="bench", config={}), "2026-01-01T00:00:00Z"
     runner = Runner(host="h", pid=1, started_ticks=1, boot="b", pid_namespace="n")
-    leg = Leg(
+    return Leg(
         plan=Plan(
             experiment="bench",
             pipeline="medical_qa",
@@ -138,6 +135,25 @@ def build(arm: Arm, steps: int, on_progress: Callable[[Mapping[str, Any]], None]
         now=lambda: started,
         on_progress=on_progress,
     )
+
+
+def build(arm: Arm, steps: int, on_progress: Callable[[Mapping[str, Any]], None]) -> Any:
+    """The `Loop` that trains the arm, as in a task; with the folder it writes to."""
+    import torch
+
+    from baton.train.config import AdapterConfig, PathModel, TrainConfig
+    from baton.train.environment import environment_of, make_deterministic
+    from baton.train.layers import is_compiled
+    from baton.train.learner import build_learner
+    from baton.train.loop import Loop
+    from baton.train.loss import CausalLoss
+    from baton.train.ranks import Ranks
+    from baton.train.sharding import ranks_to_shard_over
+
+    if arm.deterministic:
+        make_deterministic()
+    ranks = Ranks.join()
+    leg = bench_leg(ranks, on_progress)
     config = TrainConfig(
         max_steps=steps,
         batch_samples=arm.batch,
@@ -159,7 +175,7 @@ def build(arm: Arm, steps: int, on_progress: Callable[[Mapping[str, Any]], None]
             dropout=arm.dropout,
             targets="all-linear",
         ),
-        base_folder=root,
+        base_folder=leg.folder,
         revision="",
         device=ranks.device,
         compute_dtype=torch.bfloat16,

@@ -31,11 +31,13 @@ QWEN25_7B = {
 
 
 class Samples:
-    """A `TokenSource` of random tokens."""
+    """A `TokenSource` of random tokens; `prompt_share` of each sample carries no loss."""
 
-    def __init__(self, lengths: np.ndarray[Any, Any], vocabulary: int) -> None:
+    def __init__(
+        self, lengths: np.ndarray[Any, Any], vocabulary: int, prompt_share: float = 0.25
+    ) -> None:
         self._lengths = lengths.astype(np.int64)
-        self._prompts = np.maximum(8, self._lengths // 4)
+        self._prompts = np.maximum(8, (self._lengths * prompt_share).astype(np.int64))
         self._vocabulary = vocabulary
 
     def __len__(self) -> int:

@@ -67,7 +67,7 @@ def _put(pointer, tile, batch, head, index, size, heads, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def _forward(
+def _biased_forward(
     q, k, v, bias, mask, seed, out, lse, heads, n, m, scale, threshold, grow,
     qb, qh, qn, kb, kh, kn, vb, vh, vn,
     WIDTH: tl.constexpr, BLOCK: tl.constexpr, CAUSAL: tl.constexpr, MASKED: tl.constexpr,
@@ -123,7 +123,7 @@ def _slopes(
 
 
 @triton.jit
-def _backward_keys(
+def _biased_keys(
     q, k, v, bias, mask, seed, grad, lse, delta, grad_k, grad_v, heads, n, m, scale, threshold,
     grow, qb, qh, qn, kb, kh, kn, vb, vh, vn, gb, gh, gn,
     WIDTH: tl.constexpr, BLOCK: tl.constexpr, CAUSAL: tl.constexpr, MASKED: tl.constexpr,
@@ -155,7 +155,7 @@ def _backward_keys(
 
 
 @triton.jit
-def _backward_queries(
+def _biased_queries(
     q, k, v, bias, mask, seed, grad, lse, delta, grad_q, heads, n, m, scale, threshold, grow,
     qb, qh, qn, kb, kh, kn, vb, vh, vn, gb, gh, gn,
     WIDTH: tl.constexpr, BLOCK: tl.constexpr, CAUSAL: tl.constexpr, MASKED: tl.constexpr,
@@ -184,7 +184,7 @@ def _backward_queries(
 
 
 @triton.jit
-def _backward_bias(
+def _biased_bias(
     q, k, v, bias, mask, seed, grad, lse, delta, parts, batches, share, heads, n, m, scale,
     threshold, grow, qb, qh, qn, kb, kh, kn, vb, vh, vn, gb, gh, gn,
     WIDTH: tl.constexpr, BLOCK: tl.constexpr, CAUSAL: tl.constexpr, MASKED: tl.constexpr,
@@ -221,7 +221,7 @@ def _backward_bias(
 
 
 @triton.jit
-def _products(grad, out, delta, heads, n, gb, gh, gn, ob, oh, on,
+def _biased_products(grad, out, delta, heads, n, gb, gh, gn, ob, oh, on,
     WIDTH: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """For each query the product of its output and that output's gradient."""
@@ -250,7 +250,7 @@ def forward(
     m = k.shape[2]
     out = q.new_empty(batch, n, heads, width)
     lse = torch.empty(batch, heads, n, dtype=torch.float32, device=q.device)
-    _forward[(triton.cdiv(n, _BLOCK), batch * heads)](
+    _biased_forward[(triton.cdiv(n, _BLOCK), batch * heads)](
         q, k, v, bias, mask, seed, out, lse, heads, n, m, scale, *_rates(dropout),
         *_strides(q, k, v), **_constants(width, mask, causal, dropout),
     )  # fmt: skip
@@ -281,7 +281,7 @@ def backward(
     m = k.shape[2]
     by_head, delta = grad.transpose(1, 2), torch.empty_like(lse)
     rows, columns = triton.cdiv(n, _BLOCK), triton.cdiv(m, _BLOCK)
-    _products[(rows, batch * heads)](
+    _biased_products[(rows, batch * heads)](
         by_head, out, delta, heads, n, *_strides(by_head, out.transpose(1, 2)),
         WIDTH=width, BLOCK=_BLOCK,
     )  # fmt: skip
@@ -289,13 +289,13 @@ def backward(
     shared = (q, k, v, bias, mask, seed, by_head, lse, delta)
     sizes = (heads, n, m, scale, *_rates(dropout), *_strides(q, k, v, by_head))
     constants = _constants(width, mask, causal, dropout)
-    _backward_keys[(columns, batch * heads)](*shared, grads[1], grads[2], *sizes, **constants)
-    _backward_queries[(rows, batch * heads)](*shared, grads[0], *sizes, **constants)
+    _biased_keys[(columns, batch * heads)](*shared, grads[1], grads[2], *sizes, **constants)
+    _biased_queries[(rows, batch * heads)](*shared, grads[0], *sizes, **constants)
     if not needs_bias:
         return grads[0], grads[1], grads[2], bias.new_empty(0)
     parts = min(_PARTS, batch)
     sums = torch.empty(parts, heads, n, m, dtype=torch.float32, device=q.device)
-    _backward_bias[(rows * columns, heads, parts)](
+    _biased_bias[(rows * columns, heads, parts)](
         *shared, sums, batch, triton.cdiv(batch, parts), *sizes, **constants
     )
     return grads[0], grads[1], grads[2], sums.sum(0)[None].to(bias.dtype)

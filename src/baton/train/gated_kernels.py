@@ -43,7 +43,7 @@ def _halves(
 
 
 @triton.jit(do_not_specialize=["tokens"])
-def _forward(
+def _gate_forward(
     both, thin, b, out, dropped, seed, tokens, width, rank, threshold, grow,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, RANK: tl.constexpr, PRECISION: tl.constexpr,
     DROPS: tl.constexpr,
@@ -67,7 +67,7 @@ def _forward(
 
 
 @triton.jit(do_not_specialize=["tokens", "share"])
-def _backward(
+def _gate_backward(
     grad, grad_down_thin, down_a, both, thin, b, grad_both, grad_down_a, grad_b, seed,
     tokens, share, width, rank, down_rank, threshold, grow,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, RANK: tl.constexpr, DOWN_RANK: tl.constexpr,
@@ -128,7 +128,7 @@ def forward(
     out = both.new_empty(tokens, width)
     dropped = out if seed is None else torch.empty_like(out)
     grid = (triton.cdiv(width, _COLUMNS), triton.cdiv(tokens, _ROWS))
-    _forward[grid](
+    _gate_forward[grid](
         both, thin, b, out, dropped, seed, tokens, width, rank, threshold_of(p), 1 / (1 - p),
         ROWS=_ROWS, COLUMNS=_COLUMNS, RANK=_padded(rank), PRECISION=_precision(both),
         DROPS=seed is not None, num_warps=4,
@@ -157,7 +157,7 @@ def backward(
     grad_both = torch.empty_like(both)
     grad_down_a = both.new_empty(parts, down_rank, width, dtype=torch.float32)
     grad_b = both.new_empty(parts, 2 * width, rank, dtype=torch.float32)
-    _backward[(triton.cdiv(width, columns), parts)](
+    _gate_backward[(triton.cdiv(width, columns), parts)](
         grad, grad_down_thin, down_a, both, thin, b, grad_both, grad_down_a, grad_b, seed,
         tokens, share, width, rank, down_rank, threshold_of(p), 1 / (1 - p),
         ROWS=rows, COLUMNS=columns, RANK=padded, DOWN_RANK=down_padded,
