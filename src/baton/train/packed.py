@@ -24,9 +24,14 @@ def can_attend(q: torch.Tensor, k: torch.Tensor) -> bool:
         q.dtype in (torch.bfloat16, torch.float16)
         and q.shape[2] in _WIDTHS
         and q.shape[1] // k.shape[1] <= _MOST_HEADS
-        and has_kernels(q.device)
-        and torch.cuda.get_device_capability(q.device)[0] in _GENERATIONS
+        and _is_known(q.device)
     )
+
+
+# A compiler that looked inside would find calls that it cannot follow.
+@torch.compiler.assume_constant_result
+def _is_known(device: torch.device) -> bool:
+    return has_kernels(device) and torch.cuda.get_device_capability(device)[0] in _GENERATIONS
 
 
 def attend(

@@ -9,7 +9,7 @@ import pytest
 import torch
 from triton_device import DEVICE, needs_kernels
 
-from baton.train import packed
+from baton.train import attention, packed
 
 ODD = [1, 70, 16, 133, 1, 9]
 SCALE = 0.2
@@ -151,3 +151,23 @@ def test_what_the_kernels_do_not_know_is_left_to_others():
     query, key = torch.empty(8, 4, 64, dtype=torch.bfloat16), torch.empty(8, 2, 64)
     assert not packed.can_attend(query, key)
     assert not packed.can_attend(query.float(), key)
+
+
+@pytest.mark.skipif(DEVICE.type == "cpu", reason="needs a GPU")
+def test_a_model_is_handed_the_same_by_either_kernel():
+    q, k, v, _ = (x[None].transpose(1, 2) for x in drawn(14, 2, 64, ODD))
+    module = torch.nn.Identity()
+    by_pieces, _ = attention.packed_attention(module, q, k, v, None, packed_lengths=tuple(ODD))
+    by_edges, _ = attention.packed_attention(
+        module, q, k, v, None, cu_seq_lens_q=edges_of(ODD), max_length_q=max(ODD)
+    )
+    torch.testing.assert_close(by_edges, by_pieces, rtol=0, atol=0.03)
+
+
+def test_a_compiler_asks_once_whether_there_are_kernels():
+    def chosen(q, k):
+        return q + 1 if packed.can_attend(q, k) else q
+
+    query, key = (torch.empty(8, n, 64, dtype=torch.bfloat16) for n in (4, 2))
+    found = torch.compile(chosen, backend="eager", fullgraph=True)(query, key)
+    assert torch.equal(found, query)
