@@ -11,6 +11,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, PreTrainedModel
 
 from baton.errors import ModelError
+from baton.train import packed
 
 NAME = "baton_packed"
 _TAKES_GQA = Version(torch.__version__) >= Version("2.12")
@@ -150,11 +151,16 @@ def _varlen(
     edges: torch.Tensor,
     longest: int,
 ) -> torch.Tensor:
-    from torch.nn.attention.varlen import varlen_attn
-
     # Under autocast values come from a product in 16 bits, but float32 angles turn queries and keys
     # of a float32 model to float32 again, which the kernel does not take.
     q, k, v = (x.transpose(1, 2).squeeze(0).to(value.dtype) for x in (query, key, value))
+    # A window that is wider than every sample hides nothing.
+    if (not window or window >= longest) and packed.can_attend(q, k):
+        scale = q.shape[-1] ** -0.5 if scaling is None else scaling
+        return packed.attend(q, k, v, edges, scale).unsqueeze(0)
+
+    from torch.nn.attention.varlen import varlen_attn
+
     # The kernel shares key and value heads by itself; torch 2.11 takes no word for it.
     shares = {"enable_gqa": True} if _TAKES_GQA and q.shape[1] != k.shape[1] else {}
     out: torch.Tensor = varlen_attn(
