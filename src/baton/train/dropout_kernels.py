@@ -18,7 +18,7 @@ def is_kept(index, seed, threshold):
     return (x ^ (x >> 16)) >= threshold
 
 
-@triton.jit(do_not_specialize=["size"])
+@triton.jit
 def _drop(x, out, seed, size, threshold, grow, BLOCK: tl.constexpr):
     place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = place < size

@@ -1,18 +1,18 @@
 """A gated MLP, `down(silu(gate) * up)`, with LoRA: few passes over memory, and little kept.
 
-What gate and up are without their adapters is kept; the rest is made again in the backward pass,
-where one Triton kernel adds the adapters, gives the gradient of both halves and sums those of
-the adapters on the way.
+Gate and up are kept; the rest is made again in the backward pass, where one Triton kernel puts the
+gradient of both halves in their place and sums those of the adapters on the way.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from functools import reduce
 from typing import Any
 
 import torch
 
-from baton.train import quantize
+from baton.train.bordered import Bordered, border_of, input_gradient
 from baton.train.dropout import drop, kept
 from baton.train.launchable import HAS_TRITON, can_launch
 
@@ -22,75 +22,83 @@ if HAS_TRITON:
 
 # Beyond it the kernels' tiles do not fit a GPU's registers.
 MOST_RANK = 128
+# Rows that are worked off at once at least: the product of the halves is needed for a moment
+# only, and half of it is half a gibibyte less for 16,384 tokens of a 7B model.
+_LEAST_ROWS = 8192
+_PARTS = 2
 
 
 def gate(
-    both: torch.Tensor, thin: torch.Tensor, b: torch.Tensor, seed: torch.Tensor | None, p: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """`silu(gate) * up`, `(tokens, width)`, and the same as the next adapter reads it: dropped.
+    both: torch.Tensor, out: torch.Tensor, seed: torch.Tensor | None, p: float, first: int
+) -> torch.Tensor:
+    """Write `silu(gate) * up` to `out`; returns it as the next adapter reads it: dropped.
 
     Args:
-        both: `(tokens, 2 * width)`: gate, then up, without their adapters.
-        thin: `(tokens, 2 * rank)`: what the A of each makes of the input.
-        b: `(2 * width, rank)`: their B, scaled.
+        both: `(tokens, 2 * width)`: gate, then up; contiguous.
+        out: `(tokens, width)`, any row stride.
         seed: of the dropout, `(1,)`; None without.
         p: the share that is dropped.
+        first: the number of the first of these tokens, on which their dropout depends.
     """
     if can_launch(both):
-        made: tuple[torch.Tensor, torch.Tensor] = kernels.forward(both, thin, b, seed, p)
+        made: torch.Tensor = kernels.forward(both, out, seed, p, first)
         return made
-    first, second = _halves(both, thin, b)
-    product = (torch.nn.functional.silu(first) * second).to(both.dtype)
-    return product, product if seed is None else drop(product, seed, p)
+    wide = torch.promote_types(both.dtype, torch.float32)
+    halves = both.to(wide).chunk(2, 1)
+    out.copy_(torch.nn.functional.silu(halves[0]) * halves[1])
+    return out if seed is None else torch.where(_mask(out, seed, p, first), out / (1 - p), 0.0)
 
 
 def gate_backward(
     grad: torch.Tensor,
-    grad_down_thin: torch.Tensor,
+    grad_thin: torch.Tensor,
     down_a: torch.Tensor,
     both: torch.Tensor,
     thin: torch.Tensor,
-    b: torch.Tensor,
     seed: torch.Tensor | None,
     p: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of `both`, `down_a` and `b`.
+    first: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gradients of `down_a`, `(down_rank, width)`, and of B, `(2 * rank, width)`, in float32.
+
+    That of `both` takes its place: the two of them are the largest tensors of a training step.
 
     Args:
-        grad: `(tokens, width)`: of the product, without what comes through the next adapter.
-        grad_down_thin: `(tokens, down_rank)`: of what that adapter's A makes of the product.
+        grad: `(tokens, width)`: of the product; with a `seed`, without what comes through the next
+            adapter.
+        grad_thin: `(tokens, down_rank)`: of what that adapter's A makes of the product.
         down_a: `(down_rank, width)`.
-        both, thin, b, seed, p: as for `gate`.
+        both, seed, p, first: as for `gate`.
+        thin: `(tokens, 2 * rank)`: what the A of gate and of up made of the input.
     """
     if can_launch(both):
-        made: tuple[torch.Tensor, torch.Tensor, torch.Tensor] = kernels.backward(
-            grad, grad_down_thin, down_a, both, thin, b, seed, p
+        made: tuple[torch.Tensor, torch.Tensor] = kernels.backward(
+            grad, grad_thin, down_a, both, thin, seed, p, first
         )
         return made
-    first, second = _halves(both, thin, b)
-    share = torch.sigmoid(first)
-    silu = first * share
-    product, added = silu * second, (grad_down_thin @ down_a).to(first.dtype)
-    if seed is not None:
-        mask = kept(product.shape, seed, p).to(first.dtype) / (1 - p)
-        product, added = product * mask, added * mask
-    wide = grad.to(first.dtype) + added
-    slope = share * (1 + first * (1 - share))
-    grads = [(wide * second * slope).to(both.dtype), (wide * silu).to(both.dtype)]
-    grad_b = [part.T @ half for part, half in zip(grads, thin.chunk(2, 1), strict=True)]
-    return torch.cat(grads, 1), grad_down_thin.T @ product.to(both.dtype), torch.cat(grad_b)
-
-
-def _halves(
-    both: torch.Tensor, thin: torch.Tensor, b: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Gate and up with their adapters, in float32 at least."""
     wide = torch.promote_types(both.dtype, torch.float32)
-    first, second = (
-        half.to(wide) + (part @ rows.T).to(wide)
-        for half, part, rows in zip(both.chunk(2, 1), thin.chunk(2, 1), b.chunk(2, 0), strict=True)
-    )
-    return first, second
+    one, other = both.to(wide).chunk(2, 1)
+    share = torch.sigmoid(one)
+    silu = one * share
+    product, g = silu * other, grad.to(wide)
+    if seed is not None:
+        mask = _mask(grad, seed, p, first).to(wide) / (1 - p)
+        product, g = product * mask, g + (grad_thin @ down_a).to(wide) * mask
+    both.copy_(torch.cat((g * other * (share + silu * (1 - share)), g * silu), 1))
+    grads = zip(both.to(wide).chunk(2, 1), thin.to(wide).chunk(2, 1), strict=True)
+    grad_b = torch.cat([part.T @ half for half, part in grads])
+    return grad_thin.to(wide).T @ product, grad_b
+
+
+def _mask(like: torch.Tensor, seed: torch.Tensor, p: float, first: int) -> torch.Tensor:
+    """Which values of these rows dropout keeps."""
+    return kept(torch.Size((first + len(like), like.shape[1])), seed, p)[first:]
+
+
+def _parts(tokens: int) -> Iterator[slice]:
+    """The rows, in the parts in which they are worked off."""
+    size = tokens if tokens < _PARTS * _LEAST_ROWS else -(-tokens // _PARTS)
+    return (slice(start, min(start + size, tokens)) for start in range(0, tokens, size))
 
 
 @torch.library.custom_op("baton::gated_mlp", mutates_args=())
@@ -109,26 +117,36 @@ def gated_mlp(
 
     Args:
         x: `(tokens, in)`.
-        halves: gate's weight above up's, `(2 * width, in)`, dense or the parts of an NF4 one.
+        halves: gate's weight above up's, `(2 * width, in)`, dense or the parts of an NF4 one;
+            best with a border, like `weight`.
         a: `(2 * rank, in)`: the A of gate, then of up.
-        b: `(2 * width, rank)`: their B, scaled.
+        b: `(2 * width, 2 * rank)`: their B, scaled, on a diagonal.
         weight: of down, `(in, width)`.
         down_a: `(down_rank, width)`; `down_b`: `(in, down_rank)`, scaled.
         seeds: `(2,)` of the adapters' dropout; None without.
         p: the share that is dropped.
 
     Returns:
-        The output; gate and up without adapters, `(tokens, 2 * width)`; and the products of the
-        inputs with `a` and `down_a`.
+        The output; gate and up, `(tokens, 2 * width)`; and the products of the inputs with `a` and
+        `down_a`, with the zeros that a border has after its ranks.
     """
+    width, tokens = down_a.shape[1], len(x)
     read = x if seeds is None else drop(x, seeds[:1], p)
-    thin = read @ a.T
-    both = x @ quantize.dense(halves, b.shape[0], x.shape[1], x.dtype).T
-    product, dropped = gate(both, thin, b, None if seeds is None else seeds[1:], p)
-    down_thin = dropped @ down_a.T
-    out = down_thin @ down_b.T
-    # Added in the product's own epilogue: the thin result costs no pass of its own.
-    out.addmm_(product, quantize.dense(weight, down_b.shape[0], down_a.shape[1], x.dtype).T)
+    above = Bordered.filled(halves, a, b)
+    thin = above.thin(read)
+    both = above.outputs(x, thin)
+    down = Bordered.filled(weight, down_a, down_b)
+    out = x.new_empty(tokens, down.rows)
+    down_thin = x.new_empty(tokens, down.wide.shape[1] - width)
+    for rows in _parts(tokens):
+        # The product with what the adapter makes of it beside it, where it is wanted.
+        held = x.new_empty(len(both[rows]), down.wide.shape[1])
+        seed = None if seeds is None else seeds[1:]
+        dropped = gate(both[rows], held[:, :width], seed, p, rows.start)
+        down_thin[rows] = held[:, width:] = down.thin(dropped)
+        del dropped
+        down.outputs_of(held, out[rows])
+        del held
     return out, both, thin, down_thin
 
 
@@ -145,7 +163,8 @@ def _(
     p: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     tokens = x.shape[0]
-    widths = down_b.shape[0], b.shape[0], a.shape[0], down_a.shape[0]
+    rooms = border_of(len(a), x.device), border_of(len(down_a), x.device)
+    widths = (len(down_b), len(b), *rooms)
     out, both, thin, down_thin = (x.new_empty(tokens, width) for width in widths)
     return out, both, thin, down_thin
 
@@ -166,19 +185,32 @@ def _gated_mlp_backward(
     seeds: torch.Tensor | None,
     p: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of `x`, `a`, `b`, `down_a` and `down_b`."""
-    grad_down_thin = grad @ down_b
-    grad_product = grad @ quantize.dense(weight, grad.shape[1], down_a.shape[1], grad.dtype)
-    grad_both, grad_down_a, grad_b = gate_backward(
-        grad_product, grad_down_thin, down_a, both, thin, b, None if seeds is None else seeds[1:], p
+    """Gradients of `x`, `a`, `b`, `down_a` and `down_b`; `both` holds its gradient afterwards."""
+    (down_rank, width), (ranks, size) = down_a.shape, a.shape
+    down = Bordered.filled(weight, down_a, down_b)
+    sums = []
+    for rows in _parts(len(x)):
+        if seeds is None:
+            seed, (ahead, grad_thin) = None, down.gradient(grad[rows])
+        else:
+            seed, beside = seeds[1:], down.gradient_parts(grad[rows])
+            ahead, grad_thin = beside[:, :width], beside[:, width:]
+            del beside
+        some, used = thin[rows, :ranks], grad_thin[:, :down_rank]
+        sums.append(gate_backward(ahead, used, down_a, both[rows], some, seed, p, rows.start))
+        del ahead, grad_thin, used
+    # A second backward pass over the same graph is an error now, not a wrong gradient.
+    torch.autograd.graph.increment_version(both)
+    grad_down_a, grad_b = (reduce(torch.add, of).to(x.dtype) for of in zip(*sums, strict=True))
+    beside = Bordered.filled(halves, a, b).gradient_parts(both)
+    read, seed = (x, None) if seeds is None else (drop(x, seeds[:1], p), seeds[:1])
+    return (
+        input_gradient(beside, a, seed, p),
+        beside[:, size : size + ranks].T @ read,
+        torch.block_diag(*(half.T for half in grad_b.chunk(2))),
+        grad_down_a,
+        (grad.T @ down_thin)[:, :down_rank].contiguous(),
     )
-    del grad_product
-    grad_thin = grad_both @ torch.block_diag(*b.chunk(2))
-    grad_x, read = grad_thin @ a, x
-    if seeds is not None:
-        grad_x, read = drop(grad_x, seeds[:1], p), drop(x, seeds[:1], p)
-    grad_x.addmm_(grad_both, quantize.dense(halves, b.shape[0], a.shape[1], grad.dtype))
-    return grad_x, grad_thin.T @ read, grad_b, grad_down_a, grad.T @ down_thin
 
 
 @_gated_mlp_backward.register_fake

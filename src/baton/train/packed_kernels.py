@@ -42,9 +42,11 @@ class Tiles:
     registers: int | None = None
 
 
-FORWARD = Tiles(rows=128, keys=64, warps=8, stages=2)
+# Of those tried on an H200 the best for samples of 275 tokens on average, and within a tenth of the
+# best for 4,096.
+FORWARD = Tiles(rows=128, keys=64, warps=8, stages=2, registers=128)
 QUERIES = Tiles(rows=64, keys=64, warps=4, stages=2)
-KEYS = Tiles(rows=64, keys=64, warps=4, stages=2)
+KEYS = Tiles(rows=64, keys=64, warps=4, stages=2, peeled=False)
 
 
 @triton.jit(do_not_specialize=["samples", "items"])

@@ -70,9 +70,9 @@ def stack(layers: Sequence[Any]) -> list[torch.Tensor]:
 def dense(
     weight: Sequence[torch.Tensor], rows: int, columns: int, dtype: torch.dtype
 ) -> torch.Tensor:
-    """A weight of `(rows, columns)` ready for a product: as it is, or unpacked from NF4."""
+    """A weight of `(rows, columns)` for a product: without its border, or unpacked from NF4."""
     if len(weight) == 1:
-        return weight[0]
+        return weight[0][:rows, :columns]
     packed, scales = weight
     state: Any = _state(
         absmax=scales,

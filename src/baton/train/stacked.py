@@ -20,8 +20,9 @@ from peft import PeftModel
 from transformers.activations import SiLUActivation
 
 from baton.train import quantize
+from baton.train.bordered import with_border
 from baton.train.dropout import drop, new_seed
-from baton.train.gated import MOST_RANK, gated_mlp
+from baton.train.gated import MOST_RANK, gate, gated_mlp
 
 # Projections of one parent module that read the same input, in the order they are called.
 _SILU = (torch.nn.SiLU, SiLUActivation)
@@ -86,11 +87,11 @@ def _take_gate(mlp: Any) -> None:
     mlp.eval()
     with torch.no_grad():
         theirs = mlp(probe).float()
-        both.is_gated = True
         ours = _whole(both, down, probe).float()
     mlp.train(was_training)
-    both.is_gated = torch.allclose(ours, theirs, rtol=2e-2, atol=2e-2 * float(theirs.abs().max()))
-    if both.is_gated:
+    if torch.allclose(ours, theirs, rtol=2e-2, atol=2e-2 * float(theirs.abs().max())):
+        both.make_border()
+        down.make_border()
         kind: Any = type(mlp)
         mlp.__class__ = _class_with(kind, "Gated", _gated_forward)
 
@@ -114,10 +115,15 @@ def _can_be_whole(both: _Stack, down: _Stack) -> bool:
 def _gated_forward(mlp: Any, x: torch.Tensor) -> torch.Tensor:
     """`down(silu(gate(x)) * up(x))` from the stacks of the halves and of `down`."""
     both, down = mlp.gate_proj.stack, mlp.down_proj.stack
+    if not (torch.compiler.is_compiling() or torch.is_grad_enabled()):
+        halves = both.at_once(x.reshape(-1, x.shape[-1]).to(both.dtype))
+        product = halves.new_empty(len(halves), down.members[0].in_features)
+        gate(halves, product, None, 0.0, 0)
+        return down.at_once(product).view(*x.shape[:-1], -1)
     if both.adapter_name is not None:
         return _whole(both, down, x)
-    gate, up = both.compute(x)
-    [out] = down.compute(torch.nn.functional.silu(gate) * up)
+    one, other = both.compute(x)
+    [out] = down.compute(torch.nn.functional.silu(one) * other)
     return out
 
 
@@ -172,15 +178,11 @@ class _Stack:
             self.weight = quantize.stack(bases)
             self.dtype = bases[0].compute_dtype
         else:
-            dense = torch.cat([base.weight.detach() for base in bases])
-            for base, rows in zip(bases, dense.split(self.rows), strict=True):
-                base.weight = torch.nn.Parameter(rows, requires_grad=False)
-            self.weight = [dense]
-            self.dtype = dense.dtype
+            self.weight = [torch.cat([base.weight.detach() for base in bases])]
+            self._share()
+            self.dtype = self.weight[0].dtype
         self.input: torch.Tensor | None = None
         self.outputs: list[torch.Tensor] = []
-        # Of gate and up, computed whole with what follows.
-        self.is_gated = False
         self.held: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
         self.holds = False
         for number, member in enumerate(members):
@@ -188,6 +190,20 @@ class _Stack:
             member.__class__ = _class_with(kind, "Stacked", _member_forward)
             object.__setattr__(member, "stack", self)
             member.number = number
+
+    def make_border(self) -> None:
+        """Have the adapters' place beside a dense weight; see `bordered`."""
+        if len(self.weight) > 1:
+            return
+        ranks = [sum(m.r[name] for m in self.members) for name in self.members[0].lora_A]
+        self.weight = [with_border([m.base_layer.weight for m in self.members], max(ranks))]
+        self._share()
+
+    def _share(self) -> None:
+        """Let the layers keep views of the one weight."""
+        plain = self.weight[0][: sum(self.rows), : self.members[0].in_features]
+        for member, rows in zip(self.members, plain.split(self.rows), strict=True):
+            member.base_layer.weight = torch.nn.Parameter(rows, requires_grad=False)
 
     @property
     def adapter_name(self) -> str | None:
@@ -211,10 +227,7 @@ class _Stack:
         return out
 
     def adapter(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """The adapter at work: the members' A below each other, and their B, scaled.
-
-        B is block-diagonal; of a gated MLP's halves it is one below the other.
-        """
+        """The adapter at work: the members' A below each other; their B, scaled, on a diagonal."""
         name = str(self.adapter_name)
         if self.holds:
             return self.held[name]
@@ -223,10 +236,7 @@ class _Stack:
     def _put_together(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
         a = torch.cat([m.lora_A[name].weight for m in self.members])
         parts = [m.lora_B[name].weight * m.scaling[name] for m in self.members]
-        if self.is_gated:
-            b = torch.cat(parts)
-        else:
-            b = parts[0] if len(parts) == 1 else torch.block_diag(*parts)
+        b = parts[0] if len(parts) == 1 else torch.block_diag(*parts)
         return a.to(self.dtype), b.to(self.dtype)
 
     def hold(self) -> None:
@@ -245,7 +255,7 @@ class _Stack:
         if torch.compiler.is_compiling() or torch.is_grad_enabled():
             outs = self._trained(flat)
         else:
-            outs = [*self._at_once(flat).split(self.rows, dim=-1)]
+            outs = [*self.at_once(flat).split(self.rows, dim=-1)]
         return [out.reshape(*x.shape[:-1], out.shape[-1]) for out in outs]
 
     def _trained(self, x: torch.Tensor) -> list[torch.Tensor]:
@@ -258,7 +268,7 @@ class _Stack:
         )
         return made[:-1]
 
-    def _at_once(self, x: torch.Tensor) -> torch.Tensor:
+    def at_once(self, x: torch.Tensor) -> torch.Tensor:
         """All outputs side by side, where nothing is to be learnt: fewer kernels a token."""
         out = self._base(x)
         if self.adapter_name is not None:

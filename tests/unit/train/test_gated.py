@@ -26,6 +26,12 @@ def parts(tokens, size, width, rank, down_rank, dtype=torch.float64):
     return {name: torch.randn(*shape, dtype=dtype) * 0.3 for name, shape in shapes.items()}
 
 
+def as_given(values):
+    """The parts as the operator takes them: weights in lists, B on a diagonal."""
+    given = {n: [v] if n in ("halves", "weight") else v for n, v in values.items()}
+    return given | {"b": torch.block_diag(*values["b"].chunk(2))}
+
+
 def written_out(x, halves, a, b, weight, down_a, down_b, *, seeds, p):
     def read(value, number):
         return value if seeds is None else drop(value, seeds[number : number + 1], p)
@@ -47,8 +53,7 @@ def test_output_and_every_gradient(seeds, p):
     for kind in ("ours", "theirs"):
         given = {n: v.clone().requires_grad_(n in learnt) for n, v in values.items()}
         if kind == "ours":
-            lists = {n: [given[n]] for n in ("halves", "weight")}
-            out, *_ = gated.gated_mlp(**{**given, **lists}, seeds=seeds, p=p)
+            out, *_ = gated.gated_mlp(**as_given(given), seeds=seeds, p=p)
         else:
             out = written_out(**given, seeds=seeds, p=p)
         out.backward(grad)
@@ -57,27 +62,66 @@ def test_output_and_every_gradient(seeds, p):
         torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-12, msg=name)
 
 
+def test_rows_are_worked_off_in_parts(monkeypatch):
+    values = parts(tokens=23, size=6, width=10, rank=2, down_rank=3)
+    given = as_given(values)
+    expected = gated.gated_mlp(**given, seeds=SEEDS, p=0.3)
+    monkeypatch.setattr(gated, "_LEAST_ROWS", 11)
+    for ours, theirs in zip(gated.gated_mlp(**given, seeds=SEEDS, p=0.3), expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-12)
+    found = []
+    for rows in (11, 100):
+        monkeypatch.setattr(gated, "_LEAST_ROWS", rows)
+        learnt = {n: given[n].clone().requires_grad_() for n in ("x", "a", "b", "down_a")}
+        out, *_ = gated.gated_mlp(**{**given, **learnt}, seeds=SEEDS, p=0.3)
+        out.square().sum().backward()
+        found.append([v.grad for v in learnt.values()])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-11, atol=1e-12)
+
+
+def test_a_second_backward_pass_is_an_error_and_no_wrong_gradient():
+    values = parts(tokens=7, size=6, width=10, rank=2, down_rank=3)
+    given = as_given(values)
+    given["a"] = values["a"].requires_grad_()
+    out, *_ = gated.gated_mlp(**given, seeds=None, p=0.0)
+    out.sum().backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()
+
+
 @needs_kernels
 @pytest.mark.parametrize(
-    ("tokens", "width", "rank", "down_rank", "p"),
-    [(70, 150, 4, 20, 0.0), (130, 64, 16, 16, 0.25), (33, 200, 40, 70, 0.25)],
+    ("tokens", "width", "rank", "down_rank", "p", "first"),
+    [(70, 150, 4, 20, 0.0, 0), (130, 64, 16, 16, 0.25, 40), (33, 200, 40, 70, 0.25, 0)],
 )
-def test_kernels_compute_what_torch_computes(tokens, width, rank, down_rank, p):
-    from baton.train import gated_kernels
-
+def test_kernels_compute_what_torch_computes(tokens, width, rank, down_rank, p, first):
     torch.manual_seed(0)
-    both = torch.randn(tokens, 2 * width)
-    thin, b = torch.randn(tokens, 2 * rank), torch.randn(2 * width, rank)
-    grad, grad_thin = torch.randn(tokens, width), torch.randn(tokens, down_rank)
-    down_a = torch.randn(down_rank, width)
+    both, thin = torch.randn(tokens, 2 * width), torch.randn(tokens, 2 * rank)
+    beside, down_a = torch.randn(tokens, width + 80), torch.randn(down_rank, width)
     seed = torch.tensor([12345], dtype=torch.int32) if p else None
-    forward, backward = (both, thin, b), (grad, grad_thin, down_a, both, thin, b)
-    wide = [[x.double() for x in given] for given in (forward, backward)]
-    expected = [*gated.gate(*wide[0], seed, p), *gated.gate_backward(*wide[1], seed, p)]
-    on = [[x.to(DEVICE) for x in given] for given in (forward, backward)]
+    values = [both, thin, beside, down_a]
+    expected = outcome(gated, [x.double() for x in values], seed, p, first)
     there = None if seed is None else seed.to(DEVICE)
-    got = [*gated_kernels.forward(*on[0], there, p), *gated_kernels.backward(*on[1], there, p)]
-    assert len(got) == len(expected) == 5
-    for ours, theirs in zip(got, expected, strict=True):
-        difference = (ours.cpu().double() - theirs).norm() / theirs.norm()
-        assert difference < 1e-5
+    got = outcome(gated.kernels, [x.to(DEVICE) for x in values], there, p, first)
+    assert got.keys() == expected.keys()
+    for name, ours in got.items():
+        difference = (ours.cpu().double() - expected[name]).norm() / expected[name].norm()
+        assert difference < 1e-5, name
+
+
+def outcome(module, values, seed, p, first):
+    """What a module's functions make of the activation and of its gradients."""
+    both, thin, beside, down_a = values
+    width, down_rank = down_a.shape[1], down_a.shape[0]
+    forward, backward = (
+        (module.gate, module.gate_backward)
+        if module is gated
+        else (module.forward, module.backward)
+    )
+    out = torch.empty_like(beside)[:, :width]
+    dropped = forward(both, out, seed, p, first)
+    grad, grad_thin = beside[:, :width], beside[:, width : width + down_rank]
+    changed = both.clone()
+    grad_a, grad_b = backward(grad, grad_thin, down_a, changed, thin, seed, p, first)
+    return {"out": out, "dropped": dropped, "both": changed, "a": grad_a, "b": grad_b}
