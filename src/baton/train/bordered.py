@@ -18,7 +18,7 @@ import torch
 from torch.nn.functional import pad
 
 from baton.train import quantize
-from baton.train.dropout import drop
+from baton.train.dropout import drop, drop_product
 from baton.train.launchable import HAS_TRITON, can_launch
 
 kernels: Any = None
@@ -80,9 +80,12 @@ class Bordered:
             wide[rows + rank :, :columns] = 0
         return cls(wide, rows, columns)
 
-    def thin(self, x: torch.Tensor) -> torch.Tensor:
-        """`x A^T`, `(tokens, room)`, zeros after its ranks."""
-        return x @ self.wide[self.rows :, : self.columns].T
+    def thin(
+        self, x: torch.Tensor, seed: torch.Tensor | None = None, p: float = 0.0, first: int = 0
+    ) -> torch.Tensor:
+        """`drop(x) A^T`, `(tokens, room)`, zeros after its ranks; of rows from `first` on."""
+        a = self.wide[self.rows :, : self.columns]
+        return x @ a.T if seed is None else drop_product(x, a, seed, p, first)
 
     def outputs(self, x: torch.Tensor, thin: torch.Tensor) -> torch.Tensor:
         """`x W^T + thin B^T`, `(tokens, out)`."""

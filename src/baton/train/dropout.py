@@ -57,6 +57,23 @@ def drop(x: torch.Tensor, seed: torch.Tensor, p: float) -> torch.Tensor:
     return torch.where(kept(x.shape, seed, p), x * (1 / (1 - p)), 0.0)
 
 
+def drop_product(
+    x: torch.Tensor, a: torch.Tensor, seed: torch.Tensor, p: float, first: int = 0
+) -> torch.Tensor:
+    """`drop(x) @ a.T`, `(tokens, rank)`, without making what is dropped.
+
+    Args:
+        x: `(tokens, width)`, any row stride: rows from `first` on of what `drop` would take.
+        a: `(rank, width)`, any row stride.
+        seed: `(1,)` integer on the device of `x`.
+    """
+    if can_launch(x):
+        made: torch.Tensor = kernels.drop_product(x, a, seed, p, first)
+        return made
+    mask = kept(torch.Size((first + len(x), x.shape[1])), seed, p)[first:]
+    return torch.where(mask, x * (1 / (1 - p)), 0.0) @ a.T
+
+
 def kept(shape: torch.Size, seed: torch.Tensor, p: float) -> torch.Tensor:
     """Which values of a tensor of this shape `drop` keeps: what the kernels compute."""
     word = torch.arange(shape.numel(), device=seed.device).view(shape) * 0x9E3779B1 + seed & _WORD

@@ -28,25 +28,19 @@ _LEAST_ROWS = 8192
 _PARTS = 2
 
 
-def gate(
-    both: torch.Tensor, out: torch.Tensor, seed: torch.Tensor | None, p: float, first: int
-) -> torch.Tensor:
-    """Write `silu(gate) * up` to `out`; returns it as the next adapter reads it: dropped.
+def gate(both: torch.Tensor, out: torch.Tensor) -> None:
+    """Write `silu(gate) * up` to `out`.
 
     Args:
         both: `(tokens, 2 * width)`: gate, then up; contiguous.
         out: `(tokens, width)`, any row stride.
-        seed: of the dropout, `(1,)`; None without.
-        p: the share that is dropped.
-        first: the number of the first of these tokens, on which their dropout depends.
     """
     if can_launch(both):
-        made: torch.Tensor = kernels.forward(both, out, seed, p, first)
-        return made
+        kernels.forward(both, out)
+        return
     wide = torch.promote_types(both.dtype, torch.float32)
     halves = both.to(wide).chunk(2, 1)
     out.copy_(torch.nn.functional.silu(halves[0]) * halves[1])
-    return out if seed is None else torch.where(_mask(out, seed, p, first), out / (1 - p), 0.0)
 
 
 def gate_backward(
@@ -68,8 +62,11 @@ def gate_backward(
             adapter.
         grad_thin: `(tokens, down_rank)`: of what that adapter's A makes of the product.
         down_a: `(down_rank, width)`.
-        both, seed, p, first: as for `gate`.
+        both: as for `gate`.
         thin: `(tokens, 2 * rank)`: what the A of gate and of up made of the input.
+        seed: of the dropout of the product, `(1,)`; None without.
+        p: the share that is dropped.
+        first: the number of the first of these tokens, on which their dropout depends.
     """
     if can_launch(both):
         made: tuple[torch.Tensor, torch.Tensor] = kernels.backward(
@@ -82,17 +79,13 @@ def gate_backward(
     silu = one * share
     product, g = silu * other, grad.to(wide)
     if seed is not None:
-        mask = _mask(grad, seed, p, first).to(wide) / (1 - p)
+        shape = torch.Size((first + len(grad), grad.shape[1]))
+        mask = kept(shape, seed, p)[first:].to(wide) / (1 - p)
         product, g = product * mask, g + (grad_thin @ down_a).to(wide) * mask
     both.copy_(torch.cat((g * other * (share + silu * (1 - share)), g * silu), 1))
     grads = zip(both.to(wide).chunk(2, 1), thin.to(wide).chunk(2, 1), strict=True)
     grad_b = torch.cat([part.T @ half for half, part in grads])
     return grad_thin.to(wide).T @ product, grad_b
-
-
-def _mask(like: torch.Tensor, seed: torch.Tensor, p: float, first: int) -> torch.Tensor:
-    """Which values of these rows dropout keeps."""
-    return kept(torch.Size((first + len(like), like.shape[1])), seed, p)[first:]
 
 
 def _parts(tokens: int) -> Iterator[slice]:
@@ -131,9 +124,9 @@ def gated_mlp(
         `down_a`, with the zeros that a border has after its ranks.
     """
     width, tokens = down_a.shape[1], len(x)
-    read = x if seeds is None else drop(x, seeds[:1], p)
+    seed, other = (None, None) if seeds is None else (seeds[:1], seeds[1:])
     above = Bordered.filled(halves, a, b)
-    thin = above.thin(read)
+    thin = above.thin(x, seed, p)
     both = above.outputs(x, thin)
     down = Bordered.filled(weight, down_a, down_b)
     out = x.new_empty(tokens, down.rows)
@@ -141,11 +134,11 @@ def gated_mlp(
     for rows in _parts(tokens):
         # The product with what the adapter makes of it beside it, where it is wanted.
         held = x.new_empty(len(both[rows]), down.wide.shape[1])
-        seed = None if seeds is None else seeds[1:]
-        dropped = gate(both[rows], held[:, :width], seed, p, rows.start)
-        down_thin[rows] = held[:, width:] = down.thin(dropped)
-        del dropped
+        product = held[:, :width]
+        gate(both[rows], product)
+        down_thin[rows] = held[:, width:] = down.thin(product, other, p, rows.start)
         down.outputs_of(held, out[rows])
+        del product
         del held
     return out, both, thin, down_thin
 

@@ -25,13 +25,13 @@ class Tile:
 _FORWARD = Tile(16, 128, 4)
 _BACKWARD = {16: Tile(32, 64, 4, 2), 32: Tile(32, 64, 4, 2), 64: Tile(32, 64, 4, 2)}
 _BACKWARD[128] = Tile(32, 32, 4, 2)
-_SPLITS = 16  # of the tokens, each a program's share of the adapters' gradients
+# Of the tokens, each a program's share of the adapters' gradients, by the rank.
+_SPLITS = {16: 16, 32: 16, 64: 8, 128: 4}
 
 
-@triton.jit(do_not_specialize=["first", "tokens"])
+@triton.jit(do_not_specialize=["tokens"])
 def _gate_forward(
-    both, out, dropped, seed, first, tokens, width, stride, threshold, grow,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DROPS: tl.constexpr,
+    both, out, tokens, width, stride, ROWS: tl.constexpr, COLUMNS: tl.constexpr
 ):  # fmt: skip
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     row = tl.program_id(1).to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -42,11 +42,6 @@ def _gate_forward(
     product = gate * tl.sigmoid(gate) * up
     place = row[:, None] * stride + column[None, :]
     tl.store(out + place, product.to(out.dtype.element_ty), mask=inside)
-    if DROPS:
-        index = (first + row[:, None]) * width + column[None, :]
-        product = tl.where(is_kept(index, tl.load(seed), threshold), product * grow, 0.0)
-        place = row[:, None] * width + column[None, :]
-        tl.store(dropped + place, product.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -130,19 +125,14 @@ def _gate_backward(
     tl.store(grad_b + place + rank * width, sum_up, mask=known)
 
 
-def forward(
-    both: torch.Tensor, out: torch.Tensor, seed: torch.Tensor | None, p: float, first: int
-) -> torch.Tensor:
+def forward(both: torch.Tensor, out: torch.Tensor) -> None:
     """`baton.train.gated.gate`."""
     (tokens, width), tile = out.shape, _FORWARD
-    dropped = out if seed is None else both.new_empty(tokens, width)
     grid = (triton.cdiv(width, tile.columns), triton.cdiv(tokens, tile.rows))
     _gate_forward[grid](
-        both, out, dropped, seed, first, tokens, width, out.stride(0), threshold_of(p),
-        1 / (1 - p), ROWS=tile.rows, COLUMNS=tile.columns, DROPS=seed is not None,
-        num_warps=tile.warps, num_stages=tile.stages,
+        both, out, tokens, width, out.stride(0), ROWS=tile.rows, COLUMNS=tile.columns,
+        num_warps=tile.warps,
     )  # fmt: skip
-    return dropped
 
 
 def backward(
@@ -158,8 +148,9 @@ def backward(
     """`baton.train.gated.gate_backward`."""
     (tokens, width), rank, down_rank = grad.shape, thin.shape[1] // 2, down_a.shape[0]
     padded, down_padded = _padded(rank), _padded(down_rank)
-    tile = _BACKWARD[max(padded, down_padded)]
-    share = triton.cdiv(triton.cdiv(tokens, tile.rows), _SPLITS) * tile.rows
+    most = max(padded, down_padded)
+    tile = _BACKWARD[most]
+    share = triton.cdiv(triton.cdiv(tokens, tile.rows), _SPLITS[most]) * tile.rows
     parts = triton.cdiv(tokens, share)
     grad_down_a = both.new_empty(parts, down_rank, width, dtype=torch.float32)
     grad_b = both.new_empty(parts, 2 * rank, width, dtype=torch.float32)

@@ -21,7 +21,7 @@ from transformers.activations import SiLUActivation
 
 from baton.train import quantize
 from baton.train.bordered import with_border
-from baton.train.dropout import drop, new_seed
+from baton.train.dropout import drop, drop_product, new_seed
 from baton.train.gated import MOST_RANK, gate, gated_mlp
 
 # Projections of one parent module that read the same input, in the order they are called.
@@ -118,7 +118,7 @@ def _gated_forward(mlp: Any, x: torch.Tensor) -> torch.Tensor:
     if not (torch.compiler.is_compiling() or torch.is_grad_enabled()):
         halves = both.at_once(x.reshape(-1, x.shape[-1]).to(both.dtype))
         product = halves.new_empty(len(halves), down.members[0].in_features)
-        gate(halves, product, None, 0.0, 0)
+        gate(halves, product)
         return down.at_once(product).view(*x.shape[:-1], -1)
     if both.adapter_name is not None:
         return _whole(both, down, x)
@@ -318,7 +318,7 @@ def _stacked(
         seed: `(1,)` of the adapter's dropout; None without.
         p: the share that is dropped.
     """
-    thin = (x if seed is None else drop(x, seed, p)) @ a.T
+    thin = x @ a.T if seed is None else drop_product(x, a, seed, p)
     dense = quantize.dense(weight, b.shape[0], a.shape[1], x.dtype)
     outs = []
     for start, size in zip(itertools.accumulate(rows, initial=0), rows, strict=False):

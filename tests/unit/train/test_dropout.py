@@ -6,7 +6,7 @@ import pytest
 import torch
 from triton_device import DEVICE, needs_kernels
 
-from baton.train.dropout import HashDropout, drop, kept
+from baton.train.dropout import HashDropout, drop, drop_product, kept
 
 RATE = 0.1
 
@@ -57,3 +57,23 @@ def test_the_kernel_drops_what_torch_drops(rate):
         got = dropout_kernels.drop(x.to(DEVICE), seed, rate).cpu()
         assert torch.equal(got > 0, expected > 0)
         torch.testing.assert_close(got, expected)
+
+
+def test_a_product_of_what_is_dropped_goes_on_where_rows_before_it_ended():
+    x, a = torch.randn(20, 12, dtype=torch.float64), torch.randn(3, 12, dtype=torch.float64)
+    expected = drop(x, seeded(5), RATE) @ a.T
+    torch.testing.assert_close(drop_product(x, a, seeded(5), RATE), expected)
+    torch.testing.assert_close(drop_product(x[7:], a, seeded(5), RATE, 7), expected[7:])
+
+
+@needs_kernels
+@pytest.mark.parametrize(("tokens", "width", "rank"), [(37, 211, 3), (130, 64, 40), (65, 100, 130)])
+def test_the_kernel_multiplies_what_torch_drops(tokens, width, rank):
+    from baton.train import dropout_kernels
+
+    torch.manual_seed(0)
+    x, a, number = torch.randn(tokens, width + 9), torch.randn(rank, width + 5), seeded(3)
+    expected = drop_product(x[:, :width].double(), a[:, :width].double(), number, RATE, 11)
+    there = [x.to(DEVICE)[:, :width], a.to(DEVICE)[:, :width], number.to(torch.int32).to(DEVICE)]
+    got = dropout_kernels.drop_product(*there, RATE, 11).cpu().double()
+    assert (got - expected).norm() / expected.norm() < 1e-5

@@ -120,8 +120,8 @@ def outcome(module, values, seed, p, first):
         else (module.forward, module.backward)
     )
     out = torch.empty_like(beside)[:, :width]
-    dropped = forward(both, out, seed, p, first)
+    forward(both, out)
     grad, grad_thin = beside[:, :width], beside[:, width : width + down_rank]
     changed = both.clone()
     grad_a, grad_b = backward(grad, grad_thin, down_a, changed, thin, seed, p, first)
-    return {"out": out, "dropped": dropped, "both": changed, "a": grad_a, "b": grad_b}
+    return {"out": out, "both": changed, "a": grad_a, "b": grad_b}
