@@ -2,7 +2,7 @@
 
     python bench/gpu_profile.py [lora_planned raft_memory_4_dropout t5 ...] [--rows 40]
 
-Takes the arms of gpu_sft.py, and `t5`: the model of t5_pretrain (187,692,288 parameters), 192
+Takes the arms of gpu_sft.py, and `t5`: the model of t5_pretrain (187,692,288 parameters), 256
 samples of 192 + 192 tokens a step. Each runs in a process of its own until kernels are compiled;
 two steps are then recorded. Prints a step's wall time and how long the GPU was busy in it; kinds of
 kernels with their time and share of it; and the kernels themselves, with calls a step and the time
@@ -21,7 +21,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 WARM, RECORDED = 8, 2
-T5_LENGTH, T5_BATCH, T5_VOCABULARY = 192, 192, 29_298
+T5_LENGTH, T5_BATCH, T5_VOCABULARY = 192, 256, 29_298
 # The first that matches the name of a kernel says of what kind it is.
 KINDS = {
     "attention": r"flash_|fmha|sdpa|^_(biased|packed)_",

@@ -3,9 +3,9 @@
     python bench/gpu_t5.py [--steps 90] [--arms baton baton2 hf] [--minutes 4]
 
 Random weights (187,692,288 parameters at vocabulary 29,298), random text, every prompt and every
-response 192 tokens, 192 samples a step, AdamW, bf16, dropout 0.1, clipping at 1. Each arm is a
+response 192 tokens, 256 samples a step, AdamW, bf16, dropout 0.1, clipping at 1. Each arm is a
 process of its own. `baton` and `baton2` are `baton submit` on one GPU and on two (one process
-each); `hf` is Seq2SeqTrainer in bf16 at batch 256 with the fused AdamW. Samples a second are the
+each); `hf` is Seq2SeqTrainer in bf16 with the fused AdamW. Samples a second are the
 median after a third of the steps; `wall` is everything from start to end, compilation included.
 An arm that fails, or takes longer than `--minutes`, is ended with all its processes; its line says
 why, and the next one starts. `--tiny` runs the same on a CPU in a minute, to see that nothing is
@@ -36,8 +36,8 @@ import numpy as np
 
 from baton.config.home import home
 
-FULL = {"length": 192, "batch": 192, "vocab": 29_298, "hf_batch": 256, "rows": 12_000}
-TINY = {"length": 16, "batch": 8, "vocab": 600, "hf_batch": 8, "rows": 200}
+FULL = {"length": 192, "batch": 256, "vocab": 29_298, "rows": 12_000}
+TINY = {"length": 16, "batch": 8, "vocab": 600, "rows": 200}
 TINY_SHAPE = {
     "d_model": 32,
     "d_ff": 64,
@@ -298,7 +298,7 @@ def train_hf(args: argparse.Namespace, size: dict[str, int]) -> dict[str, Any]:
         args=Seq2SeqTrainingArguments(
             output_dir=str(args.scratch / "hf"),
             max_steps=args.steps,
-            per_device_train_batch_size=size["hf_batch"],
+            per_device_train_batch_size=size["batch"],
             learning_rate=1e-4,
             warmup_steps=10,
             bf16=not args.tiny,
@@ -318,7 +318,7 @@ def train_hf(args: argparse.Namespace, size: dict[str, int]) -> dict[str, Any]:
     seconds = [later - earlier for earlier, later in itertools.pairwise(times)]
     steady = statistics.median(seconds[len(seconds) // 3 :])
     peak = 0 if args.tiny else torch.cuda.max_memory_allocated()
-    return {"samples_per_s": size["hf_batch"] / steady, "peak_gib": peak / 2**30}
+    return {"samples_per_s": size["batch"] / steady, "peak_gib": peak / 2**30}
 
 
 if __name__ == "__main__":

@@ -22,10 +22,11 @@ if HAS_TRITON:
 
 # Beyond it the kernels' tiles do not fit a GPU's registers.
 MOST_RANK = 128
-# Rows that are worked off at once at least: the product of the halves is needed for a moment
-# only, and half of it is half a gibibyte less for 16,384 tokens of a 7B model.
-_LEAST_ROWS = 8192
-_PARTS = 2
+# The product of the halves, and its gradient, exist for a part of the rows at a time: for 16,384
+# tokens of a 7B model half of it is 0.3 GiB. So many parts, and so many rows of each at least, cost
+# the matrix products next to nothing.
+_FORWARD = (2, 8192)
+_BACKWARD = (4, 4096)
 
 
 def gate(both: torch.Tensor, out: torch.Tensor) -> None:
@@ -88,9 +89,9 @@ def gate_backward(
     return grad_thin.to(wide).T @ product, grad_b
 
 
-def _parts(tokens: int) -> Iterator[slice]:
-    """The rows, in the parts in which they are worked off."""
-    size = tokens if tokens < _PARTS * _LEAST_ROWS else -(-tokens // _PARTS)
+def _parts(tokens: int, most: int, least_rows: int) -> Iterator[slice]:
+    """All rows, in at most so many parts of at least so many rows."""
+    size = -(-tokens // max(1, min(most, tokens // least_rows)))
     return (slice(start, min(start + size, tokens)) for start in range(0, tokens, size))
 
 
@@ -131,7 +132,7 @@ def gated_mlp(
     down = Bordered.filled(weight, down_a, down_b)
     out = x.new_empty(tokens, down.rows)
     down_thin = x.new_empty(tokens, down.wide.shape[1] - width)
-    for rows in _parts(tokens):
+    for rows in _parts(tokens, *_FORWARD):
         # The product with what the adapter makes of it beside it, where it is wanted.
         held = x.new_empty(len(both[rows]), down.wide.shape[1])
         product = held[:, :width]
@@ -182,7 +183,7 @@ def _gated_mlp_backward(
     (down_rank, width), (ranks, size) = down_a.shape, a.shape
     down = Bordered.filled(weight, down_a, down_b)
     sums = []
-    for rows in _parts(len(x)):
+    for rows in _parts(len(x), *_BACKWARD):
         if seeds is None:
             seed, (ahead, grad_thin) = None, down.gradient(grad[rows])
         else:

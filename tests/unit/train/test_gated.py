@@ -66,12 +66,12 @@ def test_rows_are_worked_off_in_parts(monkeypatch):
     values = parts(tokens=23, size=6, width=10, rank=2, down_rank=3)
     given = as_given(values)
     expected = gated.gated_mlp(**given, seeds=SEEDS, p=0.3)
-    monkeypatch.setattr(gated, "_LEAST_ROWS", 11)
+    monkeypatch.setattr(gated, "_FORWARD", (2, 11))
     for ours, theirs in zip(gated.gated_mlp(**given, seeds=SEEDS, p=0.3), expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-12)
     found = []
-    for rows in (11, 100):
-        monkeypatch.setattr(gated, "_LEAST_ROWS", rows)
+    for rows in (5, 100):
+        monkeypatch.setattr(gated, "_BACKWARD", (4, rows))
         learnt = {n: given[n].clone().requires_grad_() for n in ("x", "a", "b", "down_a")}
         out, *_ = gated.gated_mlp(**{**given, **learnt}, seeds=SEEDS, p=0.3)
         out.square().sum().backward()
