@@ -12,8 +12,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from transformers.models.t5.modeling_t5 import T5Attention
+from torch.nn.functional import linear
+from transformers.models.t5.modeling_t5 import T5Attention, T5LayerCrossAttention
 
+from baton.train.copies import Copies
 from baton.train.dropout import HashDropout, new_seed
 from baton.train.launchable import HAS_TRITON, has_kernels
 from baton.train.layers import layers_of
@@ -33,14 +35,26 @@ def can_fuse(device: torch.device, dtype: torch.dtype) -> bool:
 def fuse(network: Any) -> None:
     """Let a T5 train with this attention and this dropout, in place; before it is compiled.
 
-    Elsewhere than in training, and for heads of odd widths, SDPA does the attention.
+    Elsewhere than in training, and for heads of odd widths, SDPA does the attention. Parameters
+    stay as they are; linear layers compute with `Copies` of them.
     """
     # Each has a configuration of its own, which the whole model's does not reach.
     for part in (network, network.encoder, network.decoder):
         part.set_attn_implementation("sdpa")
-    for module in network.modules():
-        if type(module) is T5Attention and module.key_value_proj_dim in _WIDTHS:
-            module.__class__ = BiasedAttention
+    for stack in (network.encoder, network.decoder):
+        copies = Copies(stack)
+        for layer in layers_of(stack):
+            for parent in layer.modules():
+                for attention in parent.children():
+                    if type(attention) is not T5Attention:
+                        continue
+                    if attention.key_value_proj_dim in _WIDTHS:
+                        attention.__class__ = BiasedAttention
+                        if isinstance(parent, T5LayerCrossAttention):
+                            copies.add(attention, "kv", [attention.k, attention.v])
+                        else:
+                            copies.add(attention, "qkv", [attention.q, attention.k, attention.v])
+            copies.add_others(layer)
     # Elsewhere nothing is compiled, and torch's own dropout is one kernel.
     for module in [module for layer in layers_of(network) for module in layer.modules()]:
         for name, child in list(module.named_children()):
@@ -54,7 +68,14 @@ class BiasedAttention(T5Attention):  # type: ignore[misc]
     Without gradients, with a cache, and where a causal layer has a mask besides, transformers'
     own does it. The position bias of this one, `(heads, distances)`, is not the other's: all
     layers of a pass must go the same way, and they do, as these three are the same for all.
+
+    Attributes:
+        qkv: of self-attention, a copy of the three weights, one below the other.
+        kv: of cross-attention, that of the two that read what was encoded.
     """
+
+    qkv: torch.Tensor
+    kv: torch.Tensor
 
     def forward(
         self,
@@ -73,11 +94,13 @@ class BiasedAttention(T5Attention):  # type: ignore[misc]
                 hidden_states, mask, key_value_states, position_bias, past_key_values, **options
             )
             return theirs
-        read = hidden_states if key_value_states is None else key_value_states
-        projected = [self.q(hidden_states), self.k(read), self.v(read)]
-        heads = (1, self.n_heads, self.key_value_proj_dim)
+        if key_value_states is None:
+            projected = [linear(hidden_states, self.qkv)]
+        else:
+            projected = [self.q(hidden_states), linear(key_value_states, self.kv)]
+        heads = (-1, self.n_heads, self.key_value_proj_dim)
         if position_bias is None and self.has_relative_attention_bias:
-            position_bias = self.bias_by_distance(read.shape[1])
+            position_bias = self.bias_by_distance(hidden_states.shape[1])
         attended = attend(
             [x.unflatten(-1, heads) for x in projected],
             position_bias,
