@@ -151,10 +151,16 @@ class Seq2SeqLoss:
 
     def _of(self, batch: PairBatch) -> torch.Tensor:
         network = self.network
-        encoded = network.encoder(input_ids=batch.input_ids, attention_mask=batch.mask)
+        encoded = network.encoder(
+            input_ids=batch.input_ids, attention_mask=batch.mask
+        ).last_hidden_state
+        device = encoded.device.type
+        if torch.is_autocast_enabled(device):
+            # Or each layer of the decoder would do so, and its gradients be added up in float32.
+            encoded = encoded.to(torch.get_autocast_dtype(device))
         decoded = network.decoder(
             input_ids=batch.decoder_ids,
-            encoder_hidden_states=encoded.last_hidden_state,
+            encoder_hidden_states=encoded,
             encoder_attention_mask=batch.mask,
             use_cache=False,
         )
