@@ -30,6 +30,7 @@ KINDS = {
     "gated MLP": r"^_gate_",
     "loss": r"^_cross_entropy",
     "dropout": r"^_drop",
+    "weights in 16 bits": r"multi_tensor.*Copy",
     "optimizer and clipping": r"multi_tensor",
     "compiled": r"^triton_",
 }

@@ -1,243 +1,264 @@
-"""Triton kernels of attention with an additive bias and dropout: forward and backward.
+"""Triton kernels of attention with T5's position bias and dropout: forward and backward.
 
-The blockwise softmax is that of FlashAttention-2 (Dao, 2023); the bias's gradient is a sum over
-the batch, taken a part of the batch at a time and in the same order always.
+The blockwise softmax is that of FlashAttention-2 (Dao, 2023). The bias depends on the distance of
+key and query only, so it comes as the values on the diagonals. In the backward pass one kernel
+makes gradients of keys and values, and leaves those of the scores in 16 bits; from these another
+makes gradients of queries, and on the way the sums over its share of the batch, of which a third
+takes the diagonals. Nothing is added atomically, so that results are the same in every run.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
-from baton.train.dropout_kernels import is_kept
+from baton.train.dropout_kernels import threshold_of
 
-_BLOCK = 64
-_PARTS = 8  # of the batch, each a program's share of the bias's gradient
-_LOG2E = math.log2(math.e)
+BLOCK = 64
+_PARTS = 64  # of the batch, each a program's share of the queries' gradients
+_SUMMED_PARTS = 16  # and of the bias's
+_MOST_SUMS = 320  # columns of a block of rows that a program can add to, in registers
+
+
+@triton.jit
+def _tile(pointer, batch, head, index, size, by_batch, by_head, by_token, WIDTH: tl.constexpr,
+    EVEN: tl.constexpr,
+):  # fmt: skip
+    """`(index, WIDTH)` of one head of one sample; zeros after its last token."""
+    start = pointer + batch.to(tl.int64) * by_batch + head * by_head
+    place = start + index[:, None] * by_token + tl.arange(0, WIDTH)[None, :]
+    if EVEN:
+        return tl.load(place)
+    return tl.load(place, mask=index[:, None] < size, other=0.0)
+
+
+@triton.jit
+def _put(pointer, tile, batch, head, index, size, by_batch, by_head, by_token, WIDTH: tl.constexpr):
+    start = pointer + batch.to(tl.int64) * by_batch + head * by_head
+    place = start + index[:, None] * by_token + tl.arange(0, WIDTH)[None, :]
+    tl.store(place, tile.to(pointer.dtype.element_ty), mask=index[:, None] < size)
+
+
+@triton.jit
+def _row_words(seed, pair, n, row):
+    """A hash of 32 bits for each row of the scores (Wellons' lowbias32)."""
+    x = (pair * n + row).to(tl.uint32) * 0x9E3779B1 + seed.to(tl.uint32)
+    x = (x ^ (x >> 16)) * 0x7FEB352D
+    x = (x ^ (x >> 15)) * 0x846CA68B
+    return x ^ (x >> 16)
+
+
+@triton.jit
+def _kept(words, column, threshold):
+    """Which weights stay: the row's word does most of the work, which is an instruction a value."""
+    x = words[:, None] + (column.to(tl.uint32) * 0x9E3779B1)[None, :]
+    x = x ^ (x >> 15)
+    return x * x >= threshold
 
 
 @triton.jit
 def _scores(
-    q,
-    k,
-    bias,
-    mask,
-    head,
-    batch,
-    row,
-    column,
-    n,
-    m,
-    scale,
-    CAUSAL: tl.constexpr,
-    MASKED: tl.constexpr,
-):
+    query, key, bias, mask, batch, head, row, column, m, last, spread, scale, BIASED: tl.constexpr,
+    CAUSAL: tl.constexpr, MASKED: tl.constexpr, EVEN: tl.constexpr, ASSEMBLER: tl.constexpr,
+):  # fmt: skip
     """Scores of a block in base 2, minus infinity where nothing is to be seen."""
-    inside = (row[:, None] < n) & (column[None, :] < m)
-    place = (head * n + row[:, None]) * m + column[None, :]
-    added = tl.load(bias + place, mask=inside, other=0.0).to(tl.float32)
-    scores = (tl.dot(q, tl.trans(k)) * scale + added) * 1.4426950408889634
-    if CAUSAL:
-        inside = inside & (row[:, None] >= column[None, :])
+    scores = tl.dot(query, tl.trans(key)) * (scale * 1.4426950408889634)
+    if BIASED:
+        place = column[None, :] - row[:, None] + last
+        if ASSEMBLER:
+            # A plain load is laid out for neighbours in memory and then moved to where the scores
+            # are: it takes as long again as all the rest of the forward pass.
+            added = tl.inline_asm_elementwise(
+                "ld.global.nc.f32 $0, [$1];", "=f,l", [bias + head * spread + place],
+                dtype=tl.float32, is_pure=True, pack=1,
+            )  # fmt: skip
+        else:
+            added = tl.load(bias + head * spread + place)
+        scores += added * 1.4426950408889634
     if MASKED:
         seen = tl.load(mask + batch * m + column, mask=column < m, other=0)
-        inside = inside & (seen[None, :] != 0)
-    return tl.where(inside, scores, float("-inf"))
-
-
-@triton.jit
-def _tile(pointer, batch, head, index, size, stride_b, stride_h, stride_n, WIDTH: tl.constexpr):
-    """`(index, WIDTH)` of a `(batch, heads, size, WIDTH)` tensor; zeros outside."""
-    column = tl.arange(0, WIDTH)
-    start = batch.to(tl.int64) * stride_b + head * stride_h
-    place = start + index[:, None] * stride_n + column[None, :]
-    return tl.load(pointer + place, mask=index[:, None] < size, other=0.0)
-
-
-@triton.jit
-def _put(pointer, tile, batch, head, index, size, heads, WIDTH: tl.constexpr):
-    """Store to a contiguous `(batch, size, heads, WIDTH)` tensor."""
-    column = tl.arange(0, WIDTH)
-    place = ((batch.to(tl.int64) * size + index[:, None]) * heads + head) * WIDTH + column[None, :]
-    tl.store(pointer + place, tile.to(pointer.dtype.element_ty), mask=index[:, None] < size)
+        scores += tl.where(seen != 0, 0.0, float("-inf"))[None, :]
+    elif not EVEN:
+        scores += tl.where(column < m, 0.0, float("-inf"))[None, :]
+    if CAUSAL:
+        scores = tl.where(row[:, None] >= column[None, :], scores, float("-inf"))
+    return scores
 
 
 @triton.jit
 def _biased_forward(
-    q, k, v, bias, mask, seed, out, lse, heads, n, m, scale, threshold, grow,
-    qb, qh, qn, kb, kh, kn, vb, vh, vn,
-    WIDTH: tl.constexpr, BLOCK: tl.constexpr, CAUSAL: tl.constexpr, MASKED: tl.constexpr,
-    DROPS: tl.constexpr,
+    q, k, v, bias, mask, seed, out, lse, heads, n, m, last, spread, scale, threshold, grow,
+    qb, qh, qn, kb, kh, kn, vb, vh, vn, ob, oh, on,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr, BIASED: tl.constexpr, CAUSAL: tl.constexpr,
+    MASKED: tl.constexpr, DROPS: tl.constexpr, EVEN: tl.constexpr, ASSEMBLER: tl.constexpr,
 ):  # fmt: skip
-    pair = tl.program_id(1)
+    pair, number = tl.program_id(0) // tl.cdiv(n, BLOCK), tl.program_id(0) % tl.cdiv(n, BLOCK)
     batch, head = pair // heads, pair % heads
-    row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    query = _tile(q, batch, head, row, n, qb, qh, qn, WIDTH)
-    number = tl.load(seed)
-    most = tl.full((BLOCK,), float("-inf"), tl.float32)
+    row = number * BLOCK + tl.arange(0, BLOCK)
+    query = _tile(q, batch, head, row, n, qb, qh, qn, WIDTH, EVEN)
+    words = _row_words(tl.load(seed), pair, n, row)
+    # Not minus infinity: a row may see nothing of a block, and nothing at all if it is none.
+    most = tl.full((BLOCK,), -1e30, tl.float32)
     total = tl.zeros((BLOCK,), tl.float32)
     sums = tl.zeros((BLOCK, WIDTH), tl.float32)
-    stop = tl.minimum(m, (tl.program_id(0) + 1) * BLOCK) if CAUSAL else m
+    stop = tl.minimum(m, (number + 1) * BLOCK) if CAUSAL else m
     for start in range(0, stop, BLOCK):
         column = start + tl.arange(0, BLOCK)
-        key = _tile(k, batch, head, column, m, kb, kh, kn, WIDTH)
-        value = _tile(v, batch, head, column, m, vb, vh, vn, WIDTH)
+        key = _tile(k, batch, head, column, m, kb, kh, kn, WIDTH, EVEN)
+        value = _tile(v, batch, head, column, m, vb, vh, vn, WIDTH, EVEN)
         scores = _scores(
-            query, key, bias, mask, head, batch, row, column, n, m, scale, CAUSAL, MASKED
-        )
-        # A row may see nothing of this block, and nothing at all if it is none.
-        higher = tl.maximum(tl.maximum(most, tl.max(scores, 1)), -1e30)
+            query, key, bias, mask, batch, head, row, column, m, last, spread, scale,
+            BIASED, CAUSAL, MASKED, EVEN, ASSEMBLER,
+        )  # fmt: skip
+        higher = tl.maximum(most, tl.max(scores, 1))
         shrink = tl.exp2(most - higher)
         weight = tl.exp2(scores - higher[:, None])
         total = total * shrink + tl.sum(weight, 1)
         if DROPS:
-            index = (pair * n + row[:, None]) * m + column[None, :]
-            weight = tl.where(is_kept(index, number, threshold), weight * grow, 0.0)
-        sums = sums * shrink[:, None] + tl.dot(weight.to(value.dtype), value)
+            weight = tl.where(_kept(words, column, threshold), weight, 0.0)
+        sums = tl.dot(weight.to(value.dtype), value, sums * shrink[:, None])
         most = higher
     total = tl.maximum(total, 1e-30)
-    _put(out, sums / total[:, None], batch, head, row, n, heads, WIDTH)
+    _put(out, sums * (grow / total)[:, None], batch, head, row, n, ob, oh, on, WIDTH)
     tl.store(lse + pair * n + row, most + tl.log2(total), mask=row < n)
 
 
 @triton.jit
-def _slopes(
-    query, key, value, grad, bias, mask, head, batch, pair, row, column, n, m, scale, normal,
-    delta, number, threshold, grow, CAUSAL: tl.constexpr, MASKED: tl.constexpr, DROPS: tl.constexpr,
+def _biased_keys(
+    q, k, v, bias, mask, seed, grad, out, lse, grad_k, grad_v, slopes,
+    heads, n, m, last, spread, scale, threshold, grow,
+    qb, qh, qn, kb, kh, kn, vb, vh, vn, ob, oh, on,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr, BIASED: tl.constexpr, CAUSAL: tl.constexpr,
+    MASKED: tl.constexpr, DROPS: tl.constexpr, EVEN: tl.constexpr, ASSEMBLER: tl.constexpr,
 ):  # fmt: skip
-    """The block's weights after dropout, and the gradient of its scores."""
-    scores = _scores(query, key, bias, mask, head, batch, row, column, n, m, scale, CAUSAL, MASKED)
-    weight = tl.exp2(scores - normal[:, None])
-    grown = tl.dot(grad, tl.trans(value))
-    dropped = weight
-    if DROPS:
-        index = (pair * n + row[:, None]) * m + column[None, :]
-        kept = is_kept(index, number, threshold)
-        dropped = tl.where(kept, weight * grow, 0.0)
-        grown = tl.where(kept, grown * grow, 0.0)
-    return dropped, weight * (grown - delta[:, None])
+    """Gradients of keys and values, and of the scores, but for causal blocks that see nothing."""
+    pair, number = tl.program_id(0) // tl.cdiv(m, BLOCK), tl.program_id(0) % tl.cdiv(m, BLOCK)
+    batch, head = pair // heads, pair % heads
+    drawn = tl.load(seed)
+    column = number * BLOCK + tl.arange(0, BLOCK)
+    key = _tile(k, batch, head, column, m, kb, kh, kn, WIDTH, EVEN)
+    value = _tile(v, batch, head, column, m, vb, vh, vn, WIDTH, EVEN)
+    sums_k = tl.zeros((BLOCK, WIDTH), tl.float32)
+    sums_v = tl.zeros((BLOCK, WIDTH), tl.float32)
+    first = number * BLOCK if CAUSAL else 0
+    for start in range(first, n, BLOCK):
+        row = start + tl.arange(0, BLOCK)
+        query = _tile(q, batch, head, row, n, qb, qh, qn, WIDTH, EVEN)
+        slope_out = _tile(grad, batch, head, row, n, ob, oh, on, WIDTH, EVEN)
+        made = _tile(out, batch, head, row, n, ob, oh, on, WIDTH, EVEN)
+        delta = tl.sum(slope_out.to(tl.float32) * made.to(tl.float32), 1)
+        # After the last row weights are to be zeros.
+        normal = tl.load(lse + pair * n + row, mask=row < n, other=float("inf"))
+        scores = _scores(
+            query, key, bias, mask, batch, head, row, column, m, last, spread, scale,
+            BIASED, CAUSAL, MASKED, EVEN, ASSEMBLER,
+        )  # fmt: skip
+        weight = tl.exp2(scores - normal[:, None])
+        grown = tl.dot(slope_out, tl.trans(value))
+        dropped = weight
+        if DROPS:
+            kept = _kept(_row_words(drawn, pair, n, row), column, threshold)
+            dropped = tl.where(kept, weight, 0.0)
+            grown = tl.where(kept, grown, 0.0)
+        slope = (weight * (grown * grow - delta[:, None])).to(key.dtype)
+        sums_v = tl.dot(tl.trans(dropped.to(slope_out.dtype)), slope_out, sums_v)
+        sums_k = tl.dot(tl.trans(slope), query, sums_k)
+        place = slopes + pair.to(tl.int64) * n * m + row[:, None] * m + column[None, :]
+        if EVEN:
+            tl.store(place, slope)
+        else:
+            tl.store(place, slope, mask=(row[:, None] < n) & (column[None, :] < m))
+    _put(grad_k, sums_k * scale, batch, head, column, m, kb, kh, kn, WIDTH)
+    _put(grad_v, sums_v * grow, batch, head, column, m, vb, vh, vn, WIDTH)
 
 
 @triton.jit
-def _biased_keys(
-    q, k, v, bias, mask, seed, grad, lse, delta, grad_k, grad_v, heads, n, m, scale, threshold,
-    grow, qb, qh, qn, kb, kh, kn, vb, vh, vn, gb, gh, gn,
-    WIDTH: tl.constexpr, BLOCK: tl.constexpr, CAUSAL: tl.constexpr, MASKED: tl.constexpr,
-    DROPS: tl.constexpr,
-):  # fmt: skip
-    pair = tl.program_id(1)
-    batch, head = pair // heads, pair % heads
-    column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    key = _tile(k, batch, head, column, m, kb, kh, kn, WIDTH)
-    value = _tile(v, batch, head, column, m, vb, vh, vn, WIDTH)
-    number = tl.load(seed)
-    sums_k = tl.zeros((BLOCK, WIDTH), tl.float32)
-    sums_v = tl.zeros((BLOCK, WIDTH), tl.float32)
-    first = tl.program_id(0) * BLOCK if CAUSAL else 0
-    for start in range(first, n, BLOCK):
-        row = start + tl.arange(0, BLOCK)
-        query = _tile(q, batch, head, row, n, qb, qh, qn, WIDTH)
-        out = _tile(grad, batch, head, row, n, gb, gh, gn, WIDTH)
-        normal = tl.load(lse + pair * n + row, mask=row < n, other=0.0)
-        product = tl.load(delta + pair * n + row, mask=row < n, other=0.0)
-        dropped, slope = _slopes(
-            query, key, value, out, bias, mask, head, batch, pair, row, column, n, m, scale,
-            normal, product, number, threshold, grow, CAUSAL, MASKED, DROPS,
-        )  # fmt: skip
-        sums_v += tl.dot(tl.trans(dropped.to(out.dtype)), out)
-        sums_k += tl.dot(tl.trans(slope.to(query.dtype)), query)
-    _put(grad_k, sums_k * scale, batch, head, column, m, heads, WIDTH)
-    _put(grad_v, sums_v, batch, head, column, m, heads, WIDTH)
+def _slopes_of(slopes, pair, row, column, start, n, m, CAUSAL: tl.constexpr, EVEN: tl.constexpr):
+    """A block of the scores' gradients, whose first column is `start`."""
+    place = slopes + pair.to(tl.int64) * n * m + row[:, None] * m + column[None, :]
+    # Blocks start at multiples of their size: all of these rows are to see the first column, or
+    # none is to, and then nobody wrote here.
+    seen = (start <= row)[:, None]
+    if EVEN and CAUSAL:
+        return tl.load(place, mask=seen, other=0.0)
+    if EVEN:
+        return tl.load(place)
+    inside = (row[:, None] < n) & (column[None, :] < m)
+    if CAUSAL:
+        inside = inside & seen
+    return tl.load(place, mask=inside, other=0.0)
 
 
 @triton.jit
 def _biased_queries(
-    q, k, v, bias, mask, seed, grad, lse, delta, grad_q, heads, n, m, scale, threshold, grow,
-    qb, qh, qn, kb, kh, kn, vb, vh, vn, gb, gh, gn,
-    WIDTH: tl.constexpr, BLOCK: tl.constexpr, CAUSAL: tl.constexpr, MASKED: tl.constexpr,
-    DROPS: tl.constexpr,
+    k, slopes, grad_q, parts, batches, share, heads, n, m, scale, kb, kh, kn, qb, qh, qn,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr, SUMS: tl.constexpr,
+    CAUSAL: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
-    pair = tl.program_id(1)
-    batch, head = pair // heads, pair % heads
-    row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    query = _tile(q, batch, head, row, n, qb, qh, qn, WIDTH)
-    out = _tile(grad, batch, head, row, n, gb, gh, gn, WIDTH)
-    normal = tl.load(lse + pair * n + row, mask=row < n, other=0.0)
-    product = tl.load(delta + pair * n + row, mask=row < n, other=0.0)
-    number = tl.load(seed)
-    sums = tl.zeros((BLOCK, WIDTH), tl.float32)
-    stop = tl.minimum(m, (tl.program_id(0) + 1) * BLOCK) if CAUSAL else m
-    for start in range(0, stop, BLOCK):
-        column = start + tl.arange(0, BLOCK)
-        key = _tile(k, batch, head, column, m, kb, kh, kn, WIDTH)
-        value = _tile(v, batch, head, column, m, vb, vh, vn, WIDTH)
-        _, slope = _slopes(
-            query, key, value, out, bias, mask, head, batch, pair, row, column, n, m, scale,
-            normal, product, number, threshold, grow, CAUSAL, MASKED, DROPS,
-        )  # fmt: skip
-        sums += tl.dot(slope.to(key.dtype), key)
-    _put(grad_q, sums * scale, batch, head, row, n, heads, WIDTH)
+    """Gradients of queries from those of the scores, and the latter's sums over the batch.
 
-
-@triton.jit
-def _biased_bias(
-    q, k, v, bias, mask, seed, grad, lse, delta, parts, batches, share, heads, n, m, scale,
-    threshold, grow, qb, qh, qn, kb, kh, kn, vb, vh, vn, gb, gh, gn,
-    WIDTH: tl.constexpr, BLOCK: tl.constexpr, CAUSAL: tl.constexpr, MASKED: tl.constexpr,
-    DROPS: tl.constexpr,
-):  # fmt: skip
-    """One block of one head's bias, over a share of the batch."""
-    across = tl.cdiv(m, BLOCK)
-    down = tl.program_id(0) // across
-    row = down * BLOCK + tl.arange(0, BLOCK)
-    column = tl.program_id(0) % across * BLOCK + tl.arange(0, BLOCK)
+    Both of one head's block of rows and over a share of the batch. `BLOCKS` of keys, or any
+    number if it is 0, and then no sums.
+    """
+    first = tl.program_id(0) * BLOCK
+    row = first + tl.arange(0, BLOCK)
     head, part = tl.program_id(1), tl.program_id(2)
-    number = tl.load(seed)
-    sums = tl.zeros((BLOCK, BLOCK), tl.float32)
-    turns = tl.minimum(batches - part * share, share)
-    if CAUSAL:
-        # Above the diagonal nothing is seen, so nothing is summed.
-        turns = tl.where(tl.program_id(0) % across > down, 0, turns)
-    for turn in range(turns):
+    sums = (tl.zeros((BLOCK, BLOCK), tl.float32),) * BLOCKS
+    for turn in range(tl.minimum(batches - part * share, share)):
         batch = part * share + turn
         pair = batch * heads + head
-        query = _tile(q, batch, head, row, n, qb, qh, qn, WIDTH)
-        out = _tile(grad, batch, head, row, n, gb, gh, gn, WIDTH)
-        key = _tile(k, batch, head, column, m, kb, kh, kn, WIDTH)
-        value = _tile(v, batch, head, column, m, vb, vh, vn, WIDTH)
-        normal = tl.load(lse + pair * n + row, mask=row < n, other=0.0)
-        product = tl.load(delta + pair * n + row, mask=row < n, other=0.0)
-        _, slope = _slopes(
-            query, key, value, out, bias, mask, head, batch, pair, row, column, n, m, scale,
-            normal, product, number, threshold, grow, CAUSAL, MASKED, DROPS,
-        )  # fmt: skip
-        sums += slope
-    place = ((part * heads + head).to(tl.int64) * n + row[:, None]) * m + column[None, :]
-    tl.store(parts + place, sums, mask=(row[:, None] < n) & (column[None, :] < m))
+        sums_q = tl.zeros((BLOCK, WIDTH), tl.float32)
+        if BLOCKS == 0:
+            stop = tl.minimum(m, first + BLOCK) if CAUSAL else m
+            for start in range(0, stop, BLOCK):
+                column = start + tl.arange(0, BLOCK)
+                slope = _slopes_of(slopes, pair, row, column, start, n, m, CAUSAL, EVEN)
+                key = _tile(k, batch, head, column, m, kb, kh, kn, WIDTH, EVEN)
+                sums_q = tl.dot(slope, key, sums_q)
+        else:
+            for j in tl.static_range(BLOCKS):
+                column = j * BLOCK + tl.arange(0, BLOCK)
+                slope = _slopes_of(slopes, pair, row, column, j * BLOCK, n, m, CAUSAL, EVEN)
+                key = _tile(k, batch, head, column, m, kb, kh, kn, WIDTH, EVEN)
+                sums_q = tl.dot(slope, key, sums_q)
+                if SUMS:
+                    more = sums[j] + slope.to(tl.float32)
+                    sums = sums[:j] + (more,) + sums[j + 1 :]  # noqa: RUF005, Triton has no other
+        _put(grad_q, sums_q * scale, batch, head, row, n, qb, qh, qn, WIDTH)
+    for j in tl.static_range(BLOCKS if SUMS else 0):
+        column = j * BLOCK + tl.arange(0, BLOCK)
+        place = ((part * heads + head).to(tl.int64) * n + row[:, None]) * m + column[None, :]
+        tl.store(parts + place, sums[j], mask=(row[:, None] < n) & (column[None, :] < m))
 
 
 @triton.jit
-def _biased_products(grad, out, delta, heads, n, gb, gh, gn, ob, oh, on,
-    WIDTH: tl.constexpr, BLOCK: tl.constexpr,
+def _biased_diagonals(
+    parts, out, count, heads, n, m, last, spread, CAUSAL: tl.constexpr, ROWS: tl.constexpr,
+    DIAGONALS: tl.constexpr,
 ):  # fmt: skip
-    """For each query the product of its output and that output's gradient."""
-    pair = tl.program_id(1)
-    batch, head = pair // heads, pair % heads
-    row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    one = _tile(grad, batch, head, row, n, gb, gh, gn, WIDTH).to(tl.float32)
-    other = _tile(out, batch, head, row, n, ob, oh, on, WIDTH).to(tl.float32)
-    tl.store(delta + pair * n + row, tl.sum(one * other, 1), mask=row < n)
+    """Sums along the diagonals of `(count, heads, n, m)`, over all of `count`."""
+    head = tl.program_id(1)
+    diagonal = tl.program_id(0) * DIAGONALS + tl.arange(0, DIAGONALS)
+    sums = tl.zeros((ROWS, DIAGONALS), tl.float32)
+    for start in range(0, count * n, ROWS):
+        index = start + tl.arange(0, ROWS)
+        part, row = (index // n).to(tl.int64), index % n
+        column = diagonal[None, :] + row[:, None] - last
+        inside = (index < count * n)[:, None] & (column >= 0) & (column < m)
+        if CAUSAL:
+            inside = inside & (column <= row[:, None])
+        place = ((part * heads + head) * n + row)[:, None] * m + column
+        sums += tl.load(parts + place, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + head * spread + diagonal, tl.sum(sums, 0), mask=diagonal < spread)
 
 
 def forward(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    bias: torch.Tensor,
+    packed: Sequence[torch.Tensor],
+    bias: torch.Tensor | None,
     mask: torch.Tensor | None,
     seed: torch.Tensor,
     *,
@@ -245,24 +266,23 @@ def forward(
     causal: bool,
     dropout: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """See `biased._attend`."""
-    batch, heads, n, width = q.shape
-    m = k.shape[2]
+    """See `biased._attend`; everything is contiguous."""
+    q, k, v = parts_of(packed)
+    batch, n, heads, width = q.shape
     out = q.new_empty(batch, n, heads, width)
     lse = torch.empty(batch, heads, n, dtype=torch.float32, device=q.device)
-    _biased_forward[(triton.cdiv(n, _BLOCK), batch * heads)](
-        q, k, v, bias, mask, seed, out, lse, heads, n, m, scale, *_rates(dropout),
-        *_strides(q, k, v), **_constants(width, mask, causal, dropout),
+    _biased_forward[(triton.cdiv(n, BLOCK) * batch * heads,)](
+        q, k, v, bias, mask, seed, out, lse, *_sizes(q, k, bias, scale, dropout),
+        *_strides(q, k, v, out), **_constants(q, k, bias, mask, causal, dropout),
+        num_warps=4, num_stages=3 if width <= 64 else 2,
     )  # fmt: skip
     return out, lse
 
 
 def backward(
     grad: torch.Tensor,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    bias: torch.Tensor,
+    packed: Sequence[torch.Tensor],
+    bias: torch.Tensor | None,
     mask: torch.Tensor | None,
     seed: torch.Tensor,
     out: torch.Tensor,
@@ -272,52 +292,82 @@ def backward(
     causal: bool,
     dropout: float,
     needs_bias: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of `q`, `k`, `v`, each laid out as `(batch, tokens, heads, width)`, and `bias`.
+) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """Gradients like `packed`, and of `bias`, which is empty unless it is needed.
 
-    `grad` and `out` are `(batch, n, heads, width)`; the bias's is empty unless it is needed.
+    `grad` and `out` are `(batch, n, heads, width)`; everything is contiguous. Makes one more
+    tensor of `batch * heads * n * m` values of `q`'s kind meanwhile.
     """
-    batch, heads, n, width = q.shape
-    m = k.shape[2]
-    by_head, delta = grad.transpose(1, 2), torch.empty_like(lse)
-    rows, columns = triton.cdiv(n, _BLOCK), triton.cdiv(m, _BLOCK)
-    _biased_products[(rows, batch * heads)](
-        by_head, out, delta, heads, n, *_strides(by_head, out.transpose(1, 2)),
-        WIDTH=width, BLOCK=_BLOCK,
+    q, k, v = parts_of(packed)
+    grads = [torch.empty_like(x) for x in packed]
+    grad_q, grad_k, grad_v = parts_of(grads)
+    batch, n, heads, width = q.shape
+    m = k.shape[1]
+    rows, blocks = triton.cdiv(n, BLOCK), triton.cdiv(m, BLOCK)
+    slopes = q.new_empty(batch, heads, n, m)
+    constants = _constants(q, k, bias, mask, causal, dropout)
+    _biased_keys[(blocks * batch * heads,)](
+        q, k, v, bias, mask, seed, grad, out, lse, grad_k, grad_v, slopes,
+        *_sizes(q, k, bias, scale, dropout), *_strides(q, k, v, out), **constants,
+        num_warps=4, num_stages=1,
     )  # fmt: skip
-    grads = [x.new_empty(batch, x.shape[2], heads, width) for x in (q, k, v)]
-    shared = (q, k, v, bias, mask, seed, by_head, lse, delta)
-    sizes = (heads, n, m, scale, *_rates(dropout), *_strides(q, k, v, by_head))
-    constants = _constants(width, mask, causal, dropout)
-    _biased_keys[(columns, batch * heads)](*shared, grads[1], grads[2], *sizes, **constants)
-    _biased_queries[(rows, batch * heads)](*shared, grads[0], *sizes, **constants)
-    if not needs_bias:
-        return grads[0], grads[1], grads[2], bias.new_empty(0)
-    parts = min(_PARTS, batch)
-    sums = torch.empty(parts, heads, n, m, dtype=torch.float32, device=q.device)
-    _biased_bias[(rows * columns, heads, parts)](
-        *shared, sums, batch, triton.cdiv(batch, parts), *sizes, **constants
+    is_few = blocks * BLOCK + width <= _MOST_SUMS
+    has_sums = needs_bias and is_few
+    share = triton.cdiv(batch, _SUMMED_PARTS if has_sums else _PARTS)
+    parts = triton.cdiv(batch, share)
+    sums = slopes
+    if has_sums:
+        sums = torch.empty(parts, heads, n, m, dtype=torch.float32, device=q.device)
+    _biased_queries[(rows, heads, parts)](
+        k, slopes, grad_q, sums, batch, share, heads, n, m, scale, *_strides(k, q),
+        WIDTH=width, BLOCK=BLOCK, BLOCKS=blocks if is_few else 0, SUMS=has_sums, CAUSAL=causal,
+        EVEN=constants["EVEN"], num_warps=4, num_stages=2,
+    )  # fmt: skip
+    if bias is None or not needs_bias:
+        return grads, grad.new_empty(0, dtype=torch.float32)
+    grad_bias = torch.empty_like(bias)
+    sizes, many = _sizes(q, k, bias, scale, dropout)[:5], 16
+    _biased_diagonals[(triton.cdiv(bias.shape[1], many), heads)](
+        sums, grad_bias, len(sums), *sizes, CAUSAL=causal, ROWS=256, DIAGONALS=many
     )
-    return grads[0], grads[1], grads[2], sums.sum(0)[None].to(bias.dtype)
+    return grads, grad_bias
 
 
-def _rates(dropout: float) -> tuple[int, float]:
-    """Below which hash a weight is dropped, and by how much the others grow."""
-    return int(dropout * 2**32), 1 / (1 - dropout)
+def parts_of(packed: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Queries, keys and values, each `(batch, tokens, heads, width)`."""
+    return [part for tensor in packed for part in tensor.unbind(2)]
 
 
-def _strides(*tensors: torch.Tensor) -> Sequence[int]:
-    return [stride for tensor in tensors for stride in tensor.stride()[:3]]
+def _sizes(
+    q: torch.Tensor, k: torch.Tensor, bias: torch.Tensor | None, scale: float, dropout: float
+) -> list[float]:
+    """With where the bias's distance of 0 is, and the distances of a head."""
+    n, m, spread = q.shape[1], k.shape[1], 0 if bias is None else bias.shape[1]
+    last = triton.cdiv(n, BLOCK) * BLOCK - 1
+    return [q.shape[2], n, m, last, spread, scale, threshold_of(dropout), 1 / (1 - dropout)]
+
+
+def _strides(*tensors: torch.Tensor) -> list[int]:
+    """Of sample, head and token."""
+    return [x.stride(dim) for x in tensors for dim in (0, 2, 1)]
 
 
 def _constants(
-    width: int, mask: torch.Tensor | None, causal: bool, dropout: float
-) -> dict[str, int | bool]:
+    q: torch.Tensor,
+    k: torch.Tensor,
+    bias: torch.Tensor | None,
+    mask: torch.Tensor | None,
+    causal: bool,
+    dropout: float,
+) -> dict[str, Any]:
     return {
-        "WIDTH": width,
-        "BLOCK": _BLOCK,
+        "WIDTH": q.shape[3],
+        "BLOCK": BLOCK,
+        "BIASED": bias is not None,
         "CAUSAL": causal,
         "MASKED": mask is not None,
         "DROPS": dropout > 0,
-        "num_warps": 4,
+        "EVEN": q.shape[1] % BLOCK == 0 and k.shape[1] % BLOCK == 0,
+        # Triton's interpreter runs on a CPU, and cannot.
+        "ASSEMBLER": q.is_cuda,
     }

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -149,10 +151,16 @@ class Seq2SeqLoss:
 
     def _of(self, batch: PairBatch) -> torch.Tensor:
         network = self.network
-        encoded = network.encoder(input_ids=batch.input_ids, attention_mask=batch.mask)
+        encoded = network.encoder(
+            input_ids=batch.input_ids, attention_mask=batch.mask
+        ).last_hidden_state
+        device = encoded.device.type
+        if torch.is_autocast_enabled(device):
+            # Or each layer of the decoder would do so, and its gradients be added up in float32.
+            encoded = encoded.to(torch.get_autocast_dtype(device))
         decoded = network.decoder(
             input_ids=batch.decoder_ids,
-            encoder_hidden_states=encoded.last_hidden_state,
+            encoder_hidden_states=encoded,
             encoder_attention_mask=batch.mask,
             use_cache=False,
         )
@@ -166,7 +174,25 @@ class Seq2SeqLoss:
 
 
 def compile_blocks(network: Any, **options: Any) -> None:
-    """Compile every block of encoder and decoder at its first call; those alike share the code."""
+    """Compile every block of encoder and decoder at its first call; those alike share the code.
+
+    And the norms after the last ones, which would take a dozen passes over memory.
+    """
     torch._dynamo.config.recompile_limit = _MOST_COMPILED
     for block in layers_of(network):
         block.forward = torch.compile(block.forward, **options)
+    for stack in (network.encoder, network.decoder):
+        norm = stack.final_layer_norm
+        norm.forward = _where_learning(torch.compile(norm.forward, **options), norm.forward)
+
+
+def _where_learning(
+    compiled: Callable[[torch.Tensor], torch.Tensor], plain: Callable[[torch.Tensor], torch.Tensor]
+) -> Callable[[torch.Tensor], torch.Tensor]:
+    """`compiled` where there are gradients: generation has a new shape at every token."""
+
+    @functools.wraps(plain)
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        return compiled(x) if torch.is_grad_enabled() else plain(x)
+
+    return forward

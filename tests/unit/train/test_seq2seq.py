@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from baton.stage import Outcome
 from baton.train.layers import plain_layers
 from baton.train.loop import ReadAhead
+from baton.train.loss import linear_cross_entropy
 from baton.train.metrics import read_lines
 from baton.train.seq2seq import Seq2SeqLoss, compile_blocks
 
@@ -68,6 +69,32 @@ def test_a_response_starts_after_the_start_token_and_its_eos_is_learned(t5):
     assert batch.decoder_ids.tolist() == [[t5.PAD, 21, 22]]
     assert batch.labels.tolist() == [21, 22, t5.EOS]
     assert batch.predicts.tolist() == [0, 1, 2]
+
+
+def test_what_was_encoded_is_cast_for_all_layers_as_each_would(t5):
+    pairs, batching = t5.Pairs.drawn(5), t5.padded()
+    batch = batching.collate(pairs, np.arange(5), budget=320)
+    ours, theirs = t5.network().eval(), t5.network().eval()
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = Seq2SeqLoss(ours, compute_dtype=torch.bfloat16)(batch)
+        encoded = theirs.encoder(input_ids=batch.input_ids, attention_mask=batch.mask)[0]
+        decoded = theirs.decoder(
+            input_ids=batch.decoder_ids,
+            encoder_hidden_states=encoded,
+            encoder_attention_mask=batch.mask,
+            use_cache=False,
+        )[0]
+        expected = linear_cross_entropy(
+            decoded.flatten(0, 1)[batch.predicts] * theirs.config.d_model**-0.5,
+            theirs.lm_head.weight,
+            batch.labels,
+            compute_dtype=torch.bfloat16,
+        )
+    assert torch.equal(loss, expected)
+    loss.backward()
+    expected.backward()
+    for our, their in zip(ours.parameters(), theirs.parameters(), strict=True):
+        assert (our.grad - their.grad).norm() <= 1e-2 * their.grad.norm()
 
 
 @settings(max_examples=60, deadline=None)
