@@ -22,7 +22,7 @@ BUILD = DOCKER_BUILDKIT=1 $(DOCKER) build $(if $(PIP_CONF),$(PIP_SECRET)) \
 	--build-arg COMMIT=$$(git describe --always --dirty --abbrev=40 --exclude '*' 2>/dev/null || echo unknown) \
 	--build-arg VERSION=$$(sed -n 's/^__version__ = "\(.*\)"/\1/p' src/baton/__init__.py)
 
-.PHONY: setup demo check test test-fast test-slurm test-containers test-stores test-vllm lock image image-cpu image-check kill-storm submit status collect doctor format clean
+.PHONY: setup demo check test test-fast test-slurm test-containers test-stores test-kernels test-vllm lock image image-cpu image-check kill-storm submit status collect doctor format clean
 
 # torch by its version alone: the index decides which of its builds fits, and that what else is needed.
 $(STAMP): pyproject.toml $(wildcard images/*.lock)
@@ -65,6 +65,11 @@ test-stores: setup  ## the stores: moto and a small Hub, then a real S3 server f
 test-containers: setup  ## install a real Docker engine from apt, build the images in it, run them
 	bash tests/services/docker_install.sh
 	$(BIN)/python -m pytest -q tests/containers $(ARGS)
+
+test-kernels: setup  ## install Triton beside the environment, try our GPU kernels in its interpreter
+	sed -n '/^triton==/,/[^\\]$$/p' images/cuda.lock >$(VENV)/triton.lock
+	$(PIP) --require-hashes --upgrade --target $(VENV)/triton -r $(VENV)/triton.lock
+	TRITON_INTERPRET=1 PYTHONPATH=$(VENV)/triton $(BIN)/python -m pytest -q -n 2 -m kernels tests/unit $(ARGS)
 
 test-vllm: setup  ## install vLLM for the CPU beside the environment, have it answer
 	PYTHON=$(PYTHON) TORCH_INDEX=$(TORCH_INDEX) bash tests/services/vllm_install.sh $(VENV)-vllm
