@@ -44,22 +44,25 @@ def fuse(network: Any) -> None:
     for stack in (network.encoder, network.decoder):
         copies = Copies(stack)
         for layer in layers_of(stack):
-            for parent in layer.modules():
-                for attention in parent.children():
-                    if type(attention) is not T5Attention:
-                        continue
-                    if attention.key_value_proj_dim in _WIDTHS:
-                        attention.__class__ = BiasedAttention
-                        if isinstance(parent, T5LayerCrossAttention):
-                            copies.add(attention, "kv", [attention.k, attention.v])
-                        else:
-                            copies.add(attention, "qkv", [attention.q, attention.k, attention.v])
+            for parent, attention in _attentions(layer):
+                attention.__class__ = BiasedAttention
+                if isinstance(parent, T5LayerCrossAttention):
+                    copies.add(attention, "kv", [attention.k, attention.v])
+                else:
+                    copies.add(attention, "qkv", [attention.q, attention.k, attention.v])
             copies.add_others(layer)
     # Elsewhere nothing is compiled, and torch's own dropout is one kernel.
     for module in [module for layer in layers_of(network) for module in layer.modules()]:
         for name, child in list(module.named_children()):
             if type(child) is torch.nn.Dropout:
                 setattr(module, name, HashDropout(child.p).train(child.training))
+
+
+def _attentions(layer: torch.nn.Module) -> list[tuple[torch.nn.Module, Any]]:
+    """Those that the kernels can do, each after the module that it is part of."""
+    pairs: list[tuple[torch.nn.Module, Any]]
+    pairs = [(parent, child) for parent in layer.modules() for child in parent.children()]
+    return [(p, c) for p, c in pairs if type(c) is T5Attention and c.key_value_proj_dim in _WIDTHS]
 
 
 class BiasedAttention(T5Attention):  # type: ignore[misc]

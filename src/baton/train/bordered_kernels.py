@@ -6,11 +6,12 @@ import torch
 import triton
 import triton.language as tl
 
+from baton.train.dot import padded, precision_of
 from baton.train.dropout_kernels import is_kept, threshold_of
 
 _ROWS = 64
 _COLUMNS = 128
-_LEAST_RANK, _MOST_RANK = 16, 64  # tl.dot takes no fewer; more are taken in turns
+_MOST_RANK = 64  # more are taken in turns
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -45,11 +46,10 @@ def input_gradient(
     tokens, (rank, columns) = len(beside), a.shape
     out = beside.new_empty(tokens, columns)
     grid = (triton.cdiv(columns, _COLUMNS), triton.cdiv(tokens, _ROWS))
-    most = min(_MOST_RANK, max(_LEAST_RANK, int(triton.next_power_of_2(rank))))
     _border_add[grid](
         beside, a, out, seed, tokens, columns, rank, beside.stride(0), threshold_of(p),
-        1 / (1 - p), ROWS=_ROWS, COLUMNS=_COLUMNS, RANK=most,
-        PRECISION="ieee" if beside.dtype == torch.float32 else "tf32", DROPS=seed is not None,
+        1 / (1 - p), ROWS=_ROWS, COLUMNS=_COLUMNS, RANK=min(_MOST_RANK, padded(rank)),
+        PRECISION=precision_of(beside), DROPS=seed is not None,
         num_warps=4,
     )  # fmt: skip
     return out

@@ -70,13 +70,14 @@ def drop_product(
     if can_launch(x):
         made: torch.Tensor = kernels.drop_product(x, a, seed, p, first)
         return made
-    mask = kept(torch.Size((first + len(x), x.shape[1])), seed, p)[first:]
-    return torch.where(mask, x * (1 / (1 - p)), 0.0) @ a.T
+    return torch.where(kept(x.shape, seed, p, first), x * (1 / (1 - p)), 0.0) @ a.T
 
 
-def kept(shape: torch.Size, seed: torch.Tensor, p: float) -> torch.Tensor:
-    """Which values of a tensor of this shape `drop` keeps: what the kernels compute."""
-    word = torch.arange(shape.numel(), device=seed.device).view(shape) * 0x9E3779B1 + seed & _WORD
+def kept(shape: torch.Size, seed: torch.Tensor, p: float, first: int = 0) -> torch.Tensor:
+    """Which values `drop` keeps, as the kernels compute it: of rows from `first` on."""
+    start = first * shape[1:].numel()
+    place = torch.arange(start, start + shape.numel(), device=seed.device).view(shape)
+    word = place * 0x9E3779B1 + seed & _WORD
     word = (word ^ (word >> 16)) * 0x7FEB352D & _WORD
     word = (word ^ (word >> 15)) * 0x846CA68B & _WORD
     return (word ^ (word >> 16)) >= int(p * 2**32)

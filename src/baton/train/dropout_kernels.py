@@ -6,6 +6,8 @@ import torch
 import triton
 import triton.language as tl
 
+from baton.train.dot import padded, precision_of
+
 _BLOCK = 2048
 _ROWS, _COLUMNS = 32, 64  # of a product's tiles
 
@@ -67,8 +69,8 @@ def drop_product(
     out = x.new_empty(tokens, rank)
     _drop_product[(triton.cdiv(tokens, _ROWS),)](
         x, a, out, seed, first, tokens, width, rank, x.stride(0), a.stride(0), threshold_of(p),
-        1 / (1 - p), ROWS=_ROWS, COLUMNS=_COLUMNS, RANK=max(16, triton.next_power_of_2(rank)),
-        PRECISION="ieee" if x.dtype == torch.float32 else "tf32", num_warps=4, num_stages=4,
+        1 / (1 - p), ROWS=_ROWS, COLUMNS=_COLUMNS, RANK=padded(rank),
+        PRECISION=precision_of(x), num_warps=4, num_stages=4,
     )  # fmt: skip
     return out
 

@@ -80,8 +80,7 @@ def gate_backward(
     silu = one * share
     product, g = silu * other, grad.to(wide)
     if seed is not None:
-        shape = torch.Size((first + len(grad), grad.shape[1]))
-        mask = kept(shape, seed, p)[first:].to(wide) / (1 - p)
+        mask = kept(grad.shape, seed, p, first).to(wide) / (1 - p)
         product, g = product * mask, g + (grad_thin @ down_a).to(wide) * mask
     both.copy_(torch.cat((g * other * (share + silu * (1 - share)), g * silu), 1))
     grads = zip(both.to(wide).chunk(2, 1), thin.to(wide).chunk(2, 1), strict=True)

@@ -8,6 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
+from baton.train.dot import padded, precision_of
 from baton.train.dropout_kernels import is_kept, threshold_of
 
 
@@ -23,8 +24,7 @@ class Tile:
 
 # Of the shapes tried these were the fastest on an H200.
 _FORWARD = Tile(16, 128, 4)
-_BACKWARD = {16: Tile(32, 64, 4, 2), 32: Tile(32, 64, 4, 2), 64: Tile(32, 64, 4, 2)}
-_BACKWARD[128] = Tile(32, 32, 4, 2)
+_BACKWARD = dict.fromkeys((16, 32, 64), Tile(32, 64, 4, 2)) | {128: Tile(32, 32, 4, 2)}  # by rank
 # Of the tokens, each a program's share of the adapters' gradients, by the rank.
 _SPLITS = {16: 16, 32: 16, 64: 8, 128: 4}
 
@@ -147,8 +147,7 @@ def backward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`baton.train.gated.gate_backward`."""
     (tokens, width), rank, down_rank = grad.shape, thin.shape[1] // 2, down_a.shape[0]
-    padded, down_padded = _padded(rank), _padded(down_rank)
-    most = max(padded, down_padded)
+    most = padded(max(rank, down_rank))
     tile = _BACKWARD[most]
     share = triton.cdiv(triton.cdiv(tokens, tile.rows), _SPLITS[most]) * tile.rows
     parts = triton.cdiv(tokens, share)
@@ -158,14 +157,9 @@ def backward(
         grad, grad_thin, down_a, both, thin, grad_down_a, grad_b, seed,
         first, tokens, share, width, rank, down_rank, grad.stride(0), grad_thin.stride(0),
         thin.stride(0), threshold_of(p), 1 / (1 - p),
-        ROWS=tile.rows, COLUMNS=tile.columns, RANK=padded, DOWN_RANK=down_padded,
-        PRECISION="ieee" if both.dtype == torch.float32 else "tf32", DROPS=seed is not None,
+        ROWS=tile.rows, COLUMNS=tile.columns, RANK=padded(rank), DOWN_RANK=padded(down_rank),
+        PRECISION=precision_of(both), DROPS=seed is not None,
         ONCE=both.is_cuda and both.dtype.itemsize == 2 and seed is None,
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     return grad_down_a.sum(0), grad_b.sum(0)
-
-
-def _padded(rank: int) -> int:
-    """A width that tl.dot takes."""
-    return max(16, int(triton.next_power_of_2(rank)))
