@@ -200,7 +200,12 @@ def documents_of(folder: Path) -> list[str]:
     folder.mkdir()
     (folder / "plain.txt").write_text("\n\n".join(CHUNKS), encoding="utf-8")
     write_pdf(folder / "guide.pdf", [[f"{chunk[:60]}" for chunk in CHUNKS[:4]]])
-    rows = [{"api_data": {"name": word, "text": f"Call {word}() first. " * 20}} for word in WORDS]
+    # Enough for some kills also where the real ones are not.
+    rows = [
+        {"api_data": {"name": f"{word}{number}", "text": f"Call {word}({number}) first. " * 20}}
+        for word in WORDS
+        for number in range(5)
+    ]
     (folder / "api.jsonl").write_text("\n".join(map(json.dumps, rows)))
     found = [str(folder / name) for name in ("plain.txt", "guide.pdf", "api.jsonl")]
     found.append(str(REPOSITORY / "docs" / "handover.md"))
